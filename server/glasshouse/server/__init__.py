@@ -1,0 +1,1 @@
+"""The Glasshouse server: language models behind glass, over gRPC."""

@@ -1,0 +1,1 @@
+"""Values and errors every floor speaks in: no torch, no protobuf."""
