@@ -1,0 +1,1 @@
+"""What computes: one interface, an engine per way of running a model."""

@@ -1,0 +1,80 @@
+"""The one interface of an engine: what services call, whatever runs the model.
+
+Requests come validated only as far as their own fields go; the engine checks them against its model (hook points,
+widths, positions, context) before anything runs, and raises `ServingError`s that name the field. Every method may be
+called from one event loop by many tasks at once. Leaving an iterator (`aclosing`, cancellation, garbage) cancels the
+request: its place is free within one step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from glasshouse.server.models.tokenizer import TextCodec
+from glasshouse.server.types.generation import (
+    ExtractedInput,
+    ExtractionRequest,
+    GenerationEvent,
+    GenerationRequest,
+    ScoreRequest,
+    ScoreResult,
+)
+from glasshouse.server.types.hook_points import HookPoint
+from glasshouse.server.types.models import ModelInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatus:
+    """A reading of the engine, for metrics and for deciding on admission."""
+
+    running: int
+    queued: int
+    healthy: bool
+    reason: str = ""
+
+
+class Engine(ABC):
+    """An engine serving one model."""
+
+    @property
+    @abstractmethod
+    def info(self) -> ModelInfo:
+        """Facts of the model."""
+
+    @property
+    @abstractmethod
+    def codec(self) -> TextCodec:
+        """Its tokenizer."""
+
+    @property
+    @abstractmethod
+    def hook_points(self) -> Sequence[HookPoint]:
+        """Its hook points, in the order of the forward pass."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Gets ready to serve; returns when it is."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Stops at once: what still runs ends with Unavailable. Draining before is the transport's business."""
+
+    @abstractmethod
+    def status(self) -> EngineStatus:
+        """The engine now."""
+
+    @abstractmethod
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[GenerationEvent]]:
+        """Events in order: Prefilled, NewToken..., Finished. They come in batches: several at once where the stream
+        is busy or its reader is behind.
+        """
+
+    @abstractmethod
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """Teacher-forced log-probabilities."""
+
+    @abstractmethod
+    def extract(self, request: ExtractionRequest) -> AsyncIterator[ExtractedInput]:
+        """Each input as it is done, in any order; the next is computed only while the reader keeps up."""
