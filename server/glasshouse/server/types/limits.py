@@ -15,6 +15,7 @@ class Limits:
     max_text_bytes: int = 1 << 20
     max_inputs: int = 4096
     max_input_tokens_total: int = 1 << 20
+    max_positions: int = 65_536
     max_hook_points: int = 512
     max_interventions: int = 64
     max_readouts: int = 64
@@ -24,6 +25,7 @@ class Limits:
     # All together.
     max_running: int = 64
     max_queued: int = 256
+    max_concurrent_requests: int = 512
     # Time.
     default_deadline_s: float = 600.0
     max_deadline_s: float = 3600.0

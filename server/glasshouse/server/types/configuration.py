@@ -1,0 +1,122 @@
+"""The settings of a server: one dataclass a section of the configuration file, and what an engine is made from.
+
+A value of "auto" is resolved where the facts are known (dtype and device: the engine; log format: `main`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .limits import Limits
+
+Role = Literal["user", "admin"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """`[model]`: what is served, and by which engine.
+
+    `model`: "fable" (the embedded model), a Hugging Face folder, or a hub id. `name`: what callers say; by default the
+    last part of `model`. `threads`: CPU threads of the computation; 0 leaves the library's own choice.
+    """
+
+    model: str = "fable"
+    name: str = ""
+    engine: str = "transformers"
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    allow_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenSettings:
+    """`[server]`: where it listens, and how it stops.
+
+    `listen`: HOST:PORT or unix:PATH; port 0 picks a free one. `metrics`: HOST:PORT of the Prometheus page; empty for
+    none. `insecure_listen`: allow plaintext beyond loopback. `drain_timeout_s`: how long requests in flight may go on
+    after the first SIGTERM.
+    """
+
+    listen: str = "127.0.0.1:50051"
+    metrics: str = ""
+    insecure_listen: bool = False
+    drain_timeout_s: float = 30.0
+    reflection: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsSettings:
+    """`[tls]`: PEM files. `client_ca`: clients must show a certificate it signed (mutual TLS)."""
+
+    certificate: str = ""
+    private_key: str = ""
+    client_ca: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the server speaks TLS."""
+        return bool(self.certificate or self.private_key or self.client_ca)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeySettings:
+    """`[keys]`: who may call. Neither field set: anyone may.
+
+    `entries`: "NAME ROLE SHA256" each, ROLE "user" or "admin", SHA256 the hex digest of the key. `file`: a file of such
+    lines; blank ones and those that start with # are skipped.
+    """
+
+    file: str = ""
+    entries: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """`[log]`: `format` "auto" (console on a terminal, else json), "console" or "json"; `level` as in Python's logging."""
+
+    format: str = "auto"
+    level: str = "info"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """`[streams]`: how tokens are gathered into messages.
+
+    A stream's messages are at least `gather_ms_per_stream` milliseconds times the number of open streams apart, and
+    never kept more than `max_gather_ms` apart: each message costs the server a fixed amount of work, so many streams
+    send fewer, fuller ones. The first token is never held. 0 sends every token as it comes.
+    """
+
+    gather_ms_per_stream: float = 0.5
+    max_gather_ms: float = 40.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The whole configuration. `dictionaries`: name -> path."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    dictionaries: Mapping[str, str] = field(default_factory=dict)
+    server: ListenSettings = field(default_factory=ListenSettings)
+    streams: StreamSettings = field(default_factory=StreamSettings)
+    tls: TlsSettings = field(default_factory=TlsSettings)
+    keys: KeySettings = field(default_factory=KeySettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine is made from. `model`: a folder or a hub id. `threads`: None leaves the library's choice."""
+
+    model: str
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    limits: Limits = field(default_factory=Limits)
+    allow_remote_code: bool = False
+    dictionaries: Mapping[str, str] = field(default_factory=dict)
