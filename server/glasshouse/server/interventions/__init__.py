@@ -1,0 +1,1 @@
+"""Edits of activations: checked once, planned per forward pass, applied in batches."""

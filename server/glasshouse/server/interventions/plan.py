@@ -1,0 +1,187 @@
+"""Which rows of a forward pass get which edits: planned once, applied at each site by a few batched operations.
+
+1. Each row of the batch contributes the positions it feeds that its request's edits select.
+2. At one hook point a request's edits must run in order, so its k-th edit there goes to round k. Rows of different
+   requests never meet: a round holds at most one edit a row and position.
+3. A round is split by primitive; each group gathers its rows, runs one kernel and writes them back in place.
+
+A plan for decoding rows (one token each) depends on positions only through range membership: it stays valid for
+`valid_steps` further steps, so a steady batch pays for planning once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from glasshouse.server.types.hook_points import HookPoint
+from glasshouse.server.types.spans import Span
+
+from . import kernels
+from .edits import PreparedEdit, Primitive
+
+
+@dataclass(eq=False, kw_only=True)
+class EditGroup:
+    """Edits of one primitive in one round at one hook point; N cells (row of the batch, index within the row)."""
+
+    primitive: Primitive
+    rows_N: Tensor
+    columns_N: Tensor
+    vectors_VNW: Tensor  # (1, N, W), or (3, N, W) for ROTATE
+    plain_N1: Tensor
+    scaled_N1: Tensor | None
+    low_N1: Tensor
+    high_N1: Tensor
+    keep_norm_N1: Tensor | None
+    counts: list[tuple[PreparedEdit, int]]
+    # All rows of a one-column batch in order: the cells are the tensor itself, no gather needed.
+    whole: bool
+
+    def cells(self) -> list[tuple[int, int]]:
+        """The (row, column) cells it edits."""
+        return list(zip(self.rows_N.tolist(), self.columns_N.tolist(), strict=True))
+
+    def remapped(self, places: Mapping[tuple[int, int], int]) -> EditGroup:
+        """The same edits on a tensor (n, 1, W) whose row `places[cell]` is that cell."""
+        rows = torch.tensor([places[cell] for cell in self.cells()], device=self.rows_N.device)
+        return replace(self, rows_N=rows, columns_N=torch.zeros_like(rows), whole=False)
+
+    def apply(self, tensor_BTW: Tensor) -> None:
+        """Edits the cells of `tensor_BTW` in place."""
+        cells = tensor_BTW[:, 0] if self.whole else tensor_BTW[self.rows_N, self.columns_N]
+        s_NW = cells.float()
+        match self.primitive:
+            case Primitive.ADD:
+                edited = kernels.add(s_NW, self.vectors_VNW[0], self.plain_N1, self.scaled_N1)
+            case Primitive.PROJECT:
+                edited = kernels.clamp_projection(s_NW, self.vectors_VNW[0], self.low_N1, self.high_N1)
+            case Primitive.ROTATE:
+                first, second, target = self.vectors_VNW
+                edited = kernels.rotate(s_NW, first, second, target)
+            case Primitive.REPLACE:
+                edited = self.vectors_VNW[0]
+        if self.keep_norm_N1 is not None:
+            edited = kernels.restore_norm(edited, s_NW, self.keep_norm_N1)
+        if self.whole:
+            tensor_BTW[:, 0].copy_(edited)
+        else:
+            tensor_BTW[self.rows_N, self.columns_N] = edited.to(tensor_BTW.dtype)
+        for edit, count in self.counts:
+            edit.applied += count
+
+
+@dataclass(eq=False, kw_only=True)
+class EditPlan:
+    """Groups by hook point name, in the order they run; `valid_steps` None: until the batch changes."""
+
+    groups: dict[str, list[EditGroup]] = field(default_factory=dict)
+    points: dict[str, HookPoint] = field(default_factory=dict)
+    promised: list[tuple[PreparedEdit, int]] = field(default_factory=list)
+    valid_steps: int | None = None
+
+    def promise(self) -> None:
+        """Books the positions this pass owes each edit, to be compared with what was applied."""
+        for edit, count in self.promised:
+            edit.promised += count
+
+
+@dataclass(eq=False)
+class _Cells:
+    edits: list[PreparedEdit] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+
+
+def plan_edits(
+    spans: Sequence[Span], edits: Sequence[Sequence[PreparedEdit]], *, n_columns: int, device: torch.device
+) -> EditPlan:
+    """Plans a pass whose row b feeds `spans[b]` under `edits[b]`; `n_columns` is the width of the padded batch."""
+    plan = EditPlan()
+    gathered: dict[tuple[str, int, Primitive], _Cells] = {}
+    horizon: int | None = None
+    for row, (span, row_edits) in enumerate(zip(spans, edits, strict=True)):
+        rounds: dict[str, int] = {}
+        for edit in row_edits:
+            if n_columns == 1:
+                horizon = _earlier(horizon, _steps_until_change(edit, span))
+            name = edit.point.name
+            turn = rounds.get(name, 0)
+            rounds[name] = turn + 1
+            positions = edit.positions.within(span.start, span.token_ids)
+            if not positions:
+                continue
+            plan.points[name] = edit.point
+            plan.promised.append((edit, len(positions)))
+            cells = gathered.setdefault((name, turn, edit.primitive), _Cells())
+            cells.owner.extend([len(cells.edits)] * len(positions))
+            cells.edits.append(edit)
+            cells.rows.extend([row] * len(positions))
+            cells.columns.extend([p - span.start for p in positions])
+            cells.positions.extend(positions)
+    for (name, _, primitive), cells in sorted(gathered.items(), key=lambda item: item[0][:2]):
+        whole = n_columns == 1 and len(cells.rows) == len(spans)
+        plan.groups.setdefault(name, []).append(_group(primitive, cells, whole, device))
+    plan.valid_steps = horizon
+    return plan
+
+
+def _steps_until_change(edit: PreparedEdit, span: Span) -> int | None:
+    """Further steps a decoding row's plan holds: 0 means plan anew for the next one."""
+    if edit.primitive is Primitive.REPLACE and edit.row_of:
+        return 0
+    if edit.positions.excluded_token_ids:
+        return 0
+    change = edit.positions.next_change(span.start)
+    return None if change is None else change - span.start - 1
+
+
+def _earlier(one: int | None, other: int | None) -> int | None:
+    return other if one is None else one if other is None else min(one, other)
+
+
+def _group(primitive: Primitive, cells: _Cells, whole: bool, device: torch.device) -> EditGroup:
+    edits = cells.edits
+    owner = torch.tensor(cells.owner, device=device)
+    if primitive is Primitive.REPLACE:
+        offsets, total = [], 0
+        for edit in edits:
+            offsets.append(total)
+            total += edit.vectors.shape[0]
+        table = torch.cat([edit.vectors for edit in edits])
+        index = [
+            offsets[own] + edits[own].row_of.get(position, 0)
+            for own, position in zip(cells.owner, cells.positions, strict=True)
+        ]
+        vectors = table[torch.tensor(index, device=device)][None]
+    else:
+        vectors = torch.stack([edit.vectors for edit in edits], dim=1)
+        if len(cells.owner) != len(edits):
+            vectors = vectors[:, owner]
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[owner, None]
+
+    keeps = [edit.preserve_norm for edit in edits]
+    keep = torch.tensor(keeps, device=device)[owner, None] if any(keeps) else None
+    counts = [0] * len(edits)
+    for own in cells.owner:
+        counts[own] += 1
+    return EditGroup(
+        primitive=primitive,
+        rows_N=torch.tensor(cells.rows, device=device),
+        columns_N=torch.tensor(cells.columns, device=device),
+        vectors_VNW=vectors,
+        plain_N1=column([edit.plain for edit in edits]),
+        scaled_N1=column([edit.scaled for edit in edits]) if any(edit.scaled for edit in edits) else None,
+        low_N1=column([edit.low for edit in edits]),
+        high_N1=column([edit.high for edit in edits]),
+        keep_norm_N1=keep,
+        counts=list(zip(edits, counts, strict=True)),
+        whole=whole,
+    )
