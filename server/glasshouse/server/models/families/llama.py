@@ -1,0 +1,13 @@
+"""Llama 2, 3 and everything saved in its layout."""
+
+from __future__ import annotations
+
+from glasshouse.server.models.families.llama_like import llama_like
+from glasshouse.server.models.families.spec import ModelFacts
+from glasshouse.server.models.families.table import StackLayout
+
+MODEL_TYPES = ("llama",)
+
+
+def layout(config: object, facts: ModelFacts) -> StackLayout:
+    return llama_like(facts)

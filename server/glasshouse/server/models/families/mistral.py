@@ -1,0 +1,13 @@
+"""Mistral: Llama's layout; every layer passes the sliding window (where the checkpoint has one) to attention."""
+
+from __future__ import annotations
+
+from glasshouse.server.models.families.llama_like import llama_like
+from glasshouse.server.models.families.spec import ModelFacts
+from glasshouse.server.models.families.table import StackLayout
+
+MODEL_TYPES = ("mistral",)
+
+
+def layout(config: object, facts: ModelFacts) -> StackLayout:
+    return llama_like(facts)
