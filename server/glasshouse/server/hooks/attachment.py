@@ -1,7 +1,7 @@
 """Callbacks attached to a set of hook points for as long as a context lasts.
 
-Only the modules of the asked points get hooks: without an attachment a forward pass runs no code of ours outside
-the attention function.
+Only the modules of the asked points get hooks: without an attachment a forward pass runs no code of ours
+outside the attention function.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def attach(table: HookTable, names: Iterable[str], callback: TapCallback) -> Att
     """Call `callback(point, tensor)` at each named point of every forward pass until removed.
 
     `names` may be canonical or aliases; a point named twice is tapped once. `tensor` is the live activation,
-    (B, T, width), possibly a non-contiguous view; the callback may edit it in place and returns whether it did.
-    Attention maps come as (B, n_heads, n_query, n_key), to read only. Points that are the same tensor
+    (B, T, width), possibly a non-contiguous view; the callback may edit it in place and returns whether it
+    did. Attention maps come as (B, n_heads, n_query, n_key), to read only. Points that are the same tensor
     (``resid_post`` of one layer, ``resid_pre`` of the next) are called in the order of the forward pass.
     ``unembed`` cannot be attached: the engine has the logits in hand.
     """

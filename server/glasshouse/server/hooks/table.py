@@ -35,8 +35,8 @@ class HookTable:
     def resolve(self, name: str, *, field: str = "hook_point") -> HookPoint:
         """The point that `name` means: canonical, an alias, or a Hugging Face module path.
 
-        Raises NotFound for no such name, InvalidArgument for a layer the model lacks, FailedPrecondition for a
-        point that other architectures have and this one does not.
+        Raises NotFound for no such name, InvalidArgument for a layer the model lacks, FailedPrecondition
+        for a point that other architectures have and this one does not.
         """
         point = self._names.get(name)
         if point is None:
@@ -70,7 +70,8 @@ class HookTable:
             first = name[: number.start()] + "0" + name[number.end() :]
             if first in self._names:
                 return InvalidArgument(
-                    f"Layer {number[0]} of {name!r} is out of range: this model has layers 0 to {n_layers - 1}.",
+                    f"Layer {number[0]} of {name!r} is out of range: "
+                    f"this model has layers 0 to {n_layers - 1}.",
                     reason=reasons.LAYER_OUT_OF_RANGE,
                     field=field,
                     value=name,

@@ -1,13 +1,13 @@
 """One tap: how the callback of a hook point gets hold of the live tensor, and how its edit takes effect.
 
-The callback edits in place. That is what makes the residual stream right without knowing how a block is written:
-transformers keeps ``residual = hidden_states`` and hands the same tensor to the norm, so an edit before the norm
-reaches both branches.
+The callback edits in place. That is what makes the residual stream right without knowing how a block is
+written: transformers keeps ``residual = hidden_states`` and hands the same tensor to the norm, so an edit
+before the norm reaches both branches.
 
 1. "output" and "input": the module's tensor itself. A part of a fused projection is a view of it; parts that
    alternate head by head cannot be viewed flat, so a copy is edited and written back.
-2. "normalized": recomputed from the module's input; where the callback wrote, the gain is applied anew, to the
-   rows that changed and no others (rounding stays what it was elsewhere).
+2. "normalized": recomputed from the module's input; where the callback wrote, the gain is applied anew, to
+   the rows that changed and no others (rounding stays what it was elsewhere).
 3. Inside attention: lists on the module's `AttentionSite`. Maps are read only.
 
 Shapes: (B, T, width) everywhere, (B, n_heads, T, S) for maps.
@@ -51,7 +51,8 @@ def install_tap(model: nn.Module, tap: TapSite, callback: TapCallback) -> Remove
 
 def _input_hook(tap: TapSite, callback: TapCallback) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
     point = tap.point
-    # What attention and the activation put out may be saved for their backward pass: with gradients on, edit a copy.
+    # What attention and the activation put out may be saved for their backward pass: with gradients on,
+    # edit a copy.
     copies = not point.name.endswith(("hook_resid_pre", "hook_resid_mid"))
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:

@@ -7,10 +7,11 @@ key-value cache are ours:
    ``hook_rot_q`` / ``hook_rot_k`` see them first, so that an edited key is the key that is cached.
 2. `AttentionMemory.append` stores this step's keys and values and returns all that the step attends to.
    Without a memory the keys are the step's own and the mask is causal: correct for right-padded batches.
-3. Where the model caps its scores (Gemma 2; sdpa would drop the cap) or a tap asks for scores or patterns, they
-   are computed explicitly: scaled, capped, then masked with -inf; the pattern is their softmax in float32,
-   cast back. Otherwise `scaled_dot_product_attention`, with no repeated copy of grouped keys: a decode step
-   folds the query heads of one group into query rows (measured 1.2 to 2 times faster than ``enable_gqa``).
+3. Where the model caps its scores (Gemma 2; sdpa would drop the cap) or a tap asks for scores or patterns,
+   they are computed explicitly: scaled, capped, then masked with -inf; the pattern is their softmax in
+   float32, cast back. Otherwise `scaled_dot_product_attention`, with no repeated copy of grouped keys: a
+   decode step folds the query heads of one group into query rows (measured 1.2 to 2 times faster than
+   ``enable_gqa``).
 
 Shape legend: B batch, T query positions, S key positions, H query heads, K key-value heads, D d_head.
 """
@@ -55,8 +56,8 @@ class AttentionMemory(Protocol):
     def mask(self, sliding_window: int | None) -> Tensor | None:
         """Bool (B, 1, T, S), True = attend. None: plain causal, with S == T.
 
-        With `sliding_window` w a query at p attends to keys p-w+1..p only. Every row that matters attends to at
-        least one key.
+        With `sliding_window` w a query at p attends to keys p-w+1..p only. Every row that matters attends
+        to at least one key.
         """
         ...
 
@@ -218,7 +219,7 @@ def _explicit(
 def _refuse_unknown(
     module: nn.Module, attention_mask: Tensor | None, dropout: float, others: dict[str, object]
 ) -> None:
-    """Refuse what this function would otherwise silently leave out: sinks, position biases, masks, dropout."""
+    """Refuse what this function would otherwise silently leave out: sinks, biases, masks, dropout."""
     layer = getattr(module, "layer_idx", "?")
     if attention_mask is not None:
         raise _unsupported(f"layer {layer} passes an attention mask of its own")

@@ -1,4 +1,4 @@
-"""A model in memory, ready to serve: weights, tokenizer, family and the facts that requests are checked against."""
+"""A model in memory, ready to serve: weights, tokenizer, family, and the facts requests are held against."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LoadedModel:
     """What `load_model` returns. The module is in eval mode and its parameters take no gradient.
 
     `source` is the folder or hub id it came from. `d_mlp` is the width of ``mlp.hook_post``, `vocab_size` the
-    number of logits (padded rows included). `eos_token_ids` end a generation, `special_token_ids` are those that
-    position selectors mean by "not special".
+    number of logits (padded rows included). `eos_token_ids` end a generation, `special_token_ids` are those
+    that position selectors mean by "not special".
     """
 
     name: str

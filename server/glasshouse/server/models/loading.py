@@ -1,10 +1,10 @@
 """Loading a model: a folder or a hub id in, a `LoadedModel` out, or a refusal that says what to do.
 
-1. The configuration is read first, and refused by name where the checkpoint needs remote code, an attention we
-   do not compute, or an architecture we cannot check.
+1. The configuration is read first, and refused by name where the checkpoint needs remote code, an attention
+   we do not compute, or an architecture we cannot check.
 2. Weights come from safetensors only, in the wanted dtype, with our attention function built in.
-3. Every attention module gets its site. A family without a naming table is admitted, without hook points, only
-   if it reproduces its own eager logits through our attention (`self_test`).
+3. Every attention module gets its site. A family without a naming table is admitted, without hook points,
+   only if it reproduces its own eager logits through our attention (`self_test`).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _load_tokenizer(located: str, options: dict[str, Any]) -> Any:
 
 
 def _text_model(model: nn.Module, family: FamilySpec) -> nn.Module:
-    """The module whose attention is replaced: the whole model, or the language model inside a multimodal one."""
+    """The module whose attention is replaced: the model, or the language model inside a multimodal one."""
     return model if family.base.count(".") == 0 else model.get_submodule(family.base)
 
 

@@ -1,12 +1,13 @@
 """Text to token ids and back, and text as it streams.
 
-`StreamDecoder` must put out, piece by piece, exactly what `TextCodec.decode` makes of all the ids at once, at a
-cost per token that does not grow with the text:
+`StreamDecoder` must put out, piece by piece, exactly what `TextCodec.decode` makes of all the ids at once,
+at a cost per token that does not grow with the text:
 
-- Byte-level BPE (GPT-2, Llama 3, Qwen, ...): a token is a run of bytes, so an incremental UTF-8 decoder is exact.
-- Everything else: decode a bounded window, the last printed tokens plus the new one, and print what the new one
-  added (the window matters: SentencePiece drops a leading space, WordPiece joins). Byte-fallback tokens such as
-  ``<0xF0>`` are held until the run of them ends, because the decoder judges a run as a whole.
+- Byte-level BPE (GPT-2, Llama 3, Qwen, ...): a token is a run of bytes, so an incremental UTF-8 decoder is
+  exact.
+- Everything else: decode a bounded window, the last printed tokens plus the new one, and print what the new
+  one added (the window matters: SentencePiece drops a leading space, WordPiece joins). Byte-fallback tokens
+  such as ``<0xF0>`` are held until the run of them ends, because the decoder judges a run as a whole.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class TextCodec:
         )
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """One readable piece per token, such as " the"; bytes of a split character are shown as ``<0xF0>``."""
+        """One readable piece per token, such as " the"; bytes of a split character show as ``<0xF0>``."""
         return [self._token_string(token_id) for token_id in ids]
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -56,7 +56,7 @@ def family_spec(config: object, facts: ModelFacts) -> FamilySpec | None:
 def unknown_family(model: nn.Module, config: object) -> FamilySpec | None:
     """A spec without hook points for a model that keeps transformers' conventions; None where it does not."""
     base = str(getattr(model, "base_model_prefix", ""))
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
     if not base or not hasattr(model, base) or head not in names:
         return None

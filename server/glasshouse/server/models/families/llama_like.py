@@ -1,4 +1,4 @@
-"""The layout that Llama set: pre-norms, split q/k/v, a gated MLP. Its relatives differ by a parameter or two."""
+"""The layout that Llama set: pre-norms, split q/k/v, a gated MLP. Its relatives differ by parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama's layout; every layer passes the sliding window (where the checkpoint has one) to attention."""
+"""Mistral: Llama's layout; every layer slides where the checkpoint has a window."""
 
 from __future__ import annotations
 

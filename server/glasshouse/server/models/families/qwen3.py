@@ -1,4 +1,4 @@
-"""Qwen 3: Llama's layout with a norm on each head's query and key; ``hook_q`` and ``hook_k`` are before it."""
+"""Qwen 3: Llama's layout with a norm on each head's query and key; ``hook_q``, ``hook_k`` are before it."""
 
 from __future__ import annotations
 

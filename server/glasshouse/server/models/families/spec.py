@@ -52,8 +52,9 @@ class TapSite:
 class FamilySpec:
     """The naming table and the ends of one loaded model.
 
-    `base` maps token ids to the last hidden state after the final norm; `head` is the output embedding. `absent`
-    maps a point's name without its layer prefix (``hook_resid_mid``) to why this architecture has none.
+    `base` maps token ids to the last hidden state after the final norm; `head` is the output embedding.
+    `absent` maps a point's name without its layer prefix (``hook_resid_mid``) to why this architecture has
+    none.
     """
 
     name: str
@@ -73,7 +74,10 @@ class FamilySpec:
         return [block.get_submodule(self.attention) for block in blocks]
 
     def forward_hidden(self, model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Token ids and absolute positions, int64 (B, T) -> the stream after the final norm, (B, T, d_model)."""
+        """Run the stack: int64 ids and absolute positions (B, T) -> the stream after the final norm.
+
+        The result is (B, T, d_model) in the model's dtype.
+        """
         base = model.get_submodule(self.base)
         out = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return cast(Tensor, out.last_hidden_state)
@@ -89,7 +93,7 @@ class FamilySpec:
         return raw, torch.tanh(raw / self.final_logit_softcap) * self.final_logit_softcap
 
     def final_norm(self, model: nn.Module, resid: Tensor) -> Tensor:
-        """The final norm with its gain, (N, d_model) -> (N, d_model): what a logit lens puts before `unembed`."""
+        """The final norm with its gain, (N, d_model) both ways: a logit lens puts it before `unembed`."""
         if self.norm is None:
             raise FailedPrecondition(
                 f"The final norm of a {self.name} model is not known here.",

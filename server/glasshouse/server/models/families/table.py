@@ -53,7 +53,7 @@ BLOCK_POINTS = (
     "attn.hook_in",
     "mlp.hook_in",
 )
-"""Every block point that some architecture has, without the ``blocks.{L}.`` prefix; the last two are aliases."""
+"""Every block point that some architecture has, without ``blocks.{L}.``; the last two are aliases."""
 
 MODEL_POINTS = ("hook_embed", "hook_pos_embed", "ln_final.hook_normalized", "ln_final.hook_out", "unembed")
 
@@ -130,20 +130,20 @@ def absences(stack: StackLayout) -> dict[str, str]:
     absent: dict[str, str] = {}
     if block.parallel:
         absent["hook_resid_mid"] = (
-            "attention and MLP run in parallel here, both from hook_resid_pre: use hook_resid_pre or hook_resid_post"
+            "attention and MLP run in parallel here, both from hook_resid_pre: "
+            "use hook_resid_pre or hook_resid_post"
         )
-    for ln, reads, alias in (
-        ("ln1", "hook_resid_pre", "attn.hook_in"),
-        ("ln2", "hook_resid_mid", "mlp.hook_in"),
+    for ln, pre_norm, post_norm, reads, alias in (
+        ("ln1", block.ln1, block.ln1_post, "hook_resid_pre", "attn.hook_in"),
+        ("ln2", block.ln2, block.ln2_post, "hook_resid_mid", "mlp.hook_in"),
     ):
-        if (block.ln1 if ln == "ln1" else block.ln2) is None:
-            why = f"this architecture normalises after, not before: the module reads {reads} itself; use {reads}"
+        if pre_norm is None:
+            why = f"this architecture normalises after attention and MLP, not before: use {reads}"
             absent[f"{ln}.hook_normalized"] = why + f" or {ln}_post.hook_normalized"
             absent[f"{ln}.hook_out"] = absent[alias] = why
-        if (block.ln1_post if ln == "ln1" else block.ln2_post) is None:
-            absent[f"{ln}_post.hook_normalized"] = (
-                f"this architecture has no norm after attention and MLP: use {ln}.hook_normalized"
-            )
+        if post_norm is None:
+            why = f"this architecture has no norm after attention and MLP: use {ln}.hook_normalized"
+            absent[f"{ln}_post.hook_normalized"] = why
     if block.mlp_pre_linear is None:
         absent["mlp.hook_pre_linear"] = "this architecture's MLP has no gate: use mlp.hook_pre"
     if not block.rotary:
@@ -189,11 +189,10 @@ def _block_taps(stack: StackLayout, facts: ModelFacts, layer: int) -> Iterator[T
     yield heads("attn.hook_k", block.k, facts.n_kv_heads)
     yield heads("attn.hook_v", block.v, facts.n_kv_heads)
     if block.rotary:
-        for point, where, n_heads in (
-            ("rot_q", "rot_q", facts.n_heads),
-            ("rot_k", "rot_k", facts.n_kv_heads),
-        ):
-            yield _heads(f"{name}attn.hook_{point}", attention, n_heads, facts.d_head, layer, where=where)  # type: ignore[arg-type]
+        yield _heads(name + "attn.hook_rot_q", attention, facts.n_heads, facts.d_head, layer, where="rot_q")
+        yield _heads(
+            name + "attn.hook_rot_k", attention, facts.n_kv_heads, facts.d_head, layer, where="rot_k"
+        )
     yield _map(name + "attn.hook_attn_scores", attention, facts.n_heads, layer, "scores")
     yield _map(name + "attn.hook_pattern", attention, facts.n_heads, layer, "pattern")
     yield _heads(name + "attn.hook_z", at(block.out_proj), facts.n_heads, facts.d_head, layer, where="input")
