@@ -1,0 +1,32 @@
+"""fable: the small model the package carries, and the labelled sets made by its corpus generator."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+__all__ = ["labelled", "labelled_names", "model_path"]
+
+
+def _folder() -> Path:
+    return Path(str(files("glasshouse.fable")))
+
+
+def model_path() -> Path:
+    """The Hugging Face folder of the packaged weights."""
+    return _folder() / "weights"
+
+
+def labelled_names() -> list[str]:
+    """The labelled sets there are."""
+    return sorted(path.stem for path in (_folder() / "labelled").glob("*.jsonl"))
+
+
+def labelled(name: str) -> list[dict[str, Any]]:
+    """The records of a labelled set: each has `text`, `label`, `kind`, and `split` ("train" or "test")."""
+    path = _folder() / "labelled" / f"{name}.jsonl"
+    if not path.exists():
+        raise KeyError(f"no labelled set {name!r}; there are {', '.join(labelled_names())}")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,2 @@
+"""The corpus fable is trained on: generated text whose latents (mood, gender, number, facts, endings) are
+known."""
