@@ -25,6 +25,8 @@ class Limits:
     # All together.
     max_running: int = 64
     max_queued: int = 256
+    # Keys and values of all running generations together, padded to the longest.
+    max_cache_bytes: int = 4 << 30
     max_concurrent_requests: int = 512
     # Time.
     default_deadline_s: float = 600.0

@@ -68,11 +68,14 @@ class BatchCache:
         moves = []
         for row in sorted(rows, reverse=True):
             last = self.n_rows - 1
+            # What leaves is zeroed: stale values that are not finite would reach a later row through masked keys.
+            self._zero(row)
             if row != last:
                 length = self.lengths[last]
                 for layer in range(self._shape.n_layers):
                     self._keys[layer][row, :, :length] = self._keys[layer][last, :, :length]
                     self._values[layer][row, :, :length] = self._values[layer][last, :, :length]
+                self._zero(last)
                 self.lengths[row] = length
                 moves.append((last, row))
             self.lengths.pop()
@@ -114,11 +117,10 @@ class BatchCache:
         self.lengths = [length + 1 for length in self.lengths]
         self._lengths_B = self._lengths_B + 1
 
-    def bytes_per_position(self) -> int:
-        """Bytes one position of one row takes over all layers; 0 before the first row."""
-        if not self._keys:
-            return 0
-        return sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in self._keys)
+    def _zero(self, row: int) -> None:
+        for layer in range(self._shape.n_layers):
+            self._keys[layer][row].zero_()
+            self._values[layer][row].zero_()
 
     def _refresh(self) -> None:
         self._lengths_B = torch.tensor(self.lengths, dtype=torch.long, device=self._shape.device)

@@ -80,5 +80,7 @@ def _from_filtered(scaled_NV: Tensor, rules: Sequence[Sampling], uniform_N1: Ten
 def _inverse_cdf(weights_NV: Tensor, uniform_N1: Tensor) -> Tensor:
     """The first index whose cumulative weight exceeds u times the total. `weights_NV` need not sum to one."""
     cumulative_NV = weights_NV.cumsum(dim=-1)
-    index_N = torch.searchsorted(cumulative_NV, uniform_N1 * cumulative_NV[:, -1:], right=True)[:, 0]
-    return index_N.clamp_max(weights_NV.shape[-1] - 1)
+    total_N1 = cumulative_NV[:, -1:]
+    # u < 1, but u * total may round up to the total, past every token that has weight.
+    below_N1 = torch.minimum(uniform_N1 * total_N1, torch.nextafter(total_N1, torch.zeros_like(total_N1)))
+    return torch.searchsorted(cumulative_NV, below_N1, right=True)[:, 0]

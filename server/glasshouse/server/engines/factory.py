@@ -1,0 +1,56 @@
+"""Engines by name, imported only when asked for."""
+
+from __future__ import annotations
+
+from glasshouse.server.types.configuration import EngineSettings
+from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
+from glasshouse.wire import reasons
+
+from .engine import Engine
+
+ENGINES = ("transformers", "vllm")
+
+
+def create_engine(name: str, settings: EngineSettings) -> Engine:
+    """Loads the model and makes its engine, not yet started. Blocks while the weights load.
+
+    Raises:
+        InvalidArgument: no such engine.
+        FailedPrecondition: the model or a dictionary cannot be served by this engine.
+    """
+    if name not in ENGINES:
+        raise InvalidArgument(
+            f"there is no engine {name!r}",
+            reason=reasons.VALUE_OUT_OF_RANGE,
+            field="engine",
+            value=name,
+            remedy=f"use one of {', '.join(ENGINES)}",
+        )
+    if name == "vllm":
+        raise FailedPrecondition(
+            "this build has no vllm engine",
+            reason=reasons.CAPABILITY_MISSING,
+            field="engine",
+            value=name,
+            remedy="use --engine transformers",
+        )
+    if settings.dictionaries:
+        raise FailedPrecondition(
+            "this build does not serve dictionaries",
+            reason=reasons.CAPABILITY_MISSING,
+            field="dictionaries",
+            value=", ".join(settings.dictionaries),
+            remedy="leave --dictionary out",
+        )
+    from glasshouse.server.models.loading import load_model
+
+    from .transformers.engine import TransformersEngine
+
+    loaded = load_model(
+        settings.model,
+        name=settings.name,
+        dtype=settings.dtype,
+        device=settings.device,
+        allow_remote_code=settings.allow_remote_code,
+    )
+    return TransformersEngine(loaded, limits=settings.limits, threads=settings.threads)
