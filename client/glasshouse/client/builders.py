@@ -1,0 +1,323 @@
+"""Python values -> request messages. Pure functions; what they refuse, they refuse before anything is sent.
+
+Only what the wire cannot carry is refused here (numbers beyond their bits, text that is not Unicode, unknown
+words). Whether a value makes sense is the server's to say: it alone knows the model.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+from glasshouse.client.exceptions import InvalidArgumentError
+from glasshouse.client.inputs import ChatMessage, Input
+from glasshouse.client.interventions import (
+    AblateDirection,
+    AddVector,
+    CapProjection,
+    Intervention,
+    Replace,
+    Rotate,
+)
+from glasshouse.client.positions import Positions, PositionsLike, as_positions
+from glasshouse.client.readouts import ReadActivations, ReadLogitLens, Readout
+from glasshouse.v1 import (
+    activations_pb2,
+    generation_pb2,
+    inputs_pb2,
+    interventions_pb2,
+    models_pb2,
+    readouts_pb2,
+)
+from glasshouse.v1.tensors_pb2 import DType
+from glasshouse.wire import reasons
+from glasshouse.wire.tensors import pack
+
+_NAMED: Final = {
+    "all": inputs_pb2.NAMED_POSITIONS_ALL,
+    "prompt": inputs_pb2.NAMED_POSITIONS_PROMPT,
+    "generated": inputs_pb2.NAMED_POSITIONS_GENERATED,
+    "last": inputs_pb2.NAMED_POSITIONS_LAST,
+}
+_SCALES: Final = {
+    "plain": interventions_pb2.ADD_SCALE_PLAIN,
+    "norm": interventions_pb2.ADD_SCALE_NORM,
+}
+_DTYPES: Final = {
+    "float32": DType.DTYPE_F32,
+    "bfloat16": DType.DTYPE_BF16,
+    "float16": DType.DTYPE_F16,
+}
+
+
+def get_model(name: str | None) -> models_pb2.GetModelRequest:
+    """`name`: short or resource name; None for the only model served."""
+    return models_pb2.GetModelRequest(name=_text(name or "", "name"))
+
+
+def tokenize(model: str, value: Input, add_special_tokens: bool) -> models_pb2.TokenizeRequest:
+    """Text, token ids or a conversation to tokens."""
+    return models_pb2.TokenizeRequest(model=model, input=model_input(value, "input", add_special_tokens))
+
+
+def detokenize(model: str, ids: Iterable[int]) -> models_pb2.DetokenizeRequest:
+    """Token ids to text."""
+    return models_pb2.DetokenizeRequest(
+        model=model, token_ids=[_whole(i, f"token_ids[{n}]") for n, i in enumerate(ids)]
+    )
+
+
+def render_chat(
+    model: str, messages: Sequence[ChatMessage], add_generation_prompt: bool
+) -> models_pb2.RenderChatRequest:
+    """A conversation to text."""
+    return models_pb2.RenderChatRequest(
+        model=model,
+        messages=_messages(messages, "messages"),
+        add_generation_prompt=add_generation_prompt,
+    )
+
+
+def generate(
+    model: str,
+    prompt: Input,
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    logprobs: int = 0,
+    interventions: Sequence[Intervention] = (),
+    readouts: Sequence[Readout] = (),
+) -> generation_pb2.GenerateRequest:
+    """One generation. A single stop string may be given as it is."""
+    stops = [stop] if isinstance(stop, str) else stop
+    sampling = generation_pb2.SamplingParameters(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=_whole(top_k, "sampling.top_k"),
+        seed=None if seed is None else _whole(seed, "sampling.seed", bits=64),
+    )
+    return generation_pb2.GenerateRequest(
+        model=model,
+        input=model_input(prompt, "input"),
+        max_tokens=_whole(max_tokens, "max_tokens"),
+        sampling=sampling,
+        stop=[_text(text, f"stop[{n}]") for n, text in enumerate(stops)],
+        stop_token_ids=[_whole(i, f"stop_token_ids[{n}]") for n, i in enumerate(stop_token_ids)],
+        ignore_eos=ignore_eos,
+        top_logprobs=_whole(logprobs, "top_logprobs"),
+        interventions=[intervention(value, f"interventions[{n}]") for n, value in enumerate(interventions)],
+        readouts=[readout(value, f"readouts[{n}]") for n, value in enumerate(readouts)],
+    )
+
+
+def score(
+    model: str, value: Input, *, interventions: Sequence[Intervention] = (), top_k: int = 0
+) -> generation_pb2.ScoreRequest:
+    """Teacher-forced log-probabilities of one sequence."""
+    return generation_pb2.ScoreRequest(
+        model=model,
+        input=model_input(value, "input"),
+        interventions=[intervention(value, f"interventions[{n}]") for n, value in enumerate(interventions)],
+        top_k=_whole(top_k, "top_k"),
+    )
+
+
+def extract_activations(
+    model: str,
+    inputs: Sequence[Input],
+    *,
+    hook_points: str | Sequence[str],
+    positions: PositionsLike | None = None,
+    interventions: Sequence[Intervention] = (),
+    dtype: str = "float32",
+) -> activations_pb2.ExtractActivationsRequest:
+    """Many hook points over many inputs. A single hook point may be given as it is."""
+    names = [hook_points] if isinstance(hook_points, str) else hook_points
+    return activations_pb2.ExtractActivationsRequest(
+        model=model,
+        inputs=[model_input(value, f"inputs[{n}]") for n, value in enumerate(inputs)],
+        hook_points=[_text(name, f"hook_points[{n}]") for n, name in enumerate(names)],
+        positions=selector(as_positions(positions), "positions"),
+        dtype=_word(dtype, _DTYPES, "dtype"),
+        interventions=[intervention(value, f"interventions[{n}]") for n, value in enumerate(interventions)],
+    )
+
+
+def model_input(value: Input, field: str, add_special_tokens: bool = True) -> inputs_pb2.Input:
+    """One input; `field` is its path in the request."""
+    if isinstance(value, str):
+        return inputs_pb2.Input(text=_text(value, f"{field}.text"), add_special_tokens=add_special_tokens)
+    if value and isinstance(value[0], ChatMessage):
+        return inputs_pb2.Input(messages=_messages(value, f"{field}.messages"))
+    try:
+        return inputs_pb2.Input(token_ids=value)  # type: ignore[arg-type]
+    except ValueError:  # Slow, but it names the one that is wrong.
+        return inputs_pb2.Input(token_ids=[_whole(i, f"{field}.token_ids[{n}]") for n, i in enumerate(value)])
+
+
+def selector(positions: Positions | None, field: str) -> inputs_pb2.PositionSelector | None:
+    """A selector; None stays absent, which means all."""
+    if positions is None:
+        return None
+    message = inputs_pb2.PositionSelector(
+        exclude_bos=positions.exclude_bos, exclude_special=positions.exclude_special
+    )
+    if positions.named is not None:
+        message.named = _NAMED[positions.named]
+    elif positions.listed is not None:
+        listed = [_whole(p, f"{field}.at.positions[{n}]", 64) for n, p in enumerate(positions.listed)]
+        message.at.CopyFrom(inputs_pb2.PositionList(positions=listed))
+    else:
+        stop = positions.stop
+        message.span.CopyFrom(
+            inputs_pb2.PositionSpan(
+                start=_whole(positions.start or 0, f"{field}.span.start", 64),
+                stop=None if stop is None else _whole(stop, f"{field}.span.stop", 64),
+            )
+        )
+    return message
+
+
+def intervention(value: Intervention, field: str) -> interventions_pb2.Intervention:
+    """One edit, by the table of its class."""
+    edit = _EDITS.get(type(value))
+    if edit is None:
+        raise TypeError(f"{field} must be an intervention such as add_vector(...), not {value!r}")
+    return interventions_pb2.Intervention(
+        hook_point=_text(value.hook_point, f"{field}.hook_point"),
+        positions=selector(value.positions, f"{field}.positions"),
+        preserve_norm=value.preserve_norm,
+        **edit(value, field),
+    )
+
+
+def _add_vector(value: AddVector, field: str) -> dict[str, Any]:
+    scale = _word(value.scale, _SCALES, f"{field}.add_vector.scale")
+    return {
+        "add_vector": interventions_pb2.AddVector(
+            vector=pack(value.vector), coefficient=value.coefficient, scale=scale
+        )
+    }
+
+
+def _ablate_direction(value: AblateDirection, field: str) -> dict[str, Any]:
+    return {"ablate_direction": interventions_pb2.AblateDirection(vector=pack(value.vector))}
+
+
+def _cap_projection(value: CapProjection, field: str) -> dict[str, Any]:
+    return {
+        "cap_projection": interventions_pb2.CapProjection(
+            vector=pack(value.vector), max=value.max, min=value.min
+        )
+    }
+
+
+def _rotate(value: Rotate, field: str) -> dict[str, Any]:
+    return {
+        "rotate": interventions_pb2.RotateActivation(
+            first=pack(value.first), second=pack(value.second), angle_radians=value.angle_radians
+        )
+    }
+
+
+def _replace(value: Replace, field: str) -> dict[str, Any]:
+    return {"replace": interventions_pb2.ReplaceActivations(activations=pack(value.activations))}
+
+
+_EDITS: Final[dict[type[Intervention], Callable[[Any, str], dict[str, Any]]]] = {
+    AddVector: _add_vector,
+    AblateDirection: _ablate_direction,
+    CapProjection: _cap_projection,
+    Rotate: _rotate,
+    Replace: _replace,
+}
+
+
+def readout(value: Readout, field: str) -> readouts_pb2.Readout:
+    """One readout, by the table of its class."""
+    what = _READOUTS.get(type(value))
+    if what is None:
+        raise TypeError(f"{field} must be a readout such as read_activations(...), not {value!r}")
+    return readouts_pb2.Readout(
+        positions=selector(value.positions, f"{field}.positions"), **what(value, field)
+    )
+
+
+def _read_activations(value: ReadActivations, field: str) -> dict[str, Any]:
+    hook_point = _text(value.hook_point, f"{field}.activations.hook_point")
+    dtype = _word(value.dtype, _DTYPES, f"{field}.activations.dtype")
+    return {"activations": readouts_pb2.ReadActivations(hook_point=hook_point, dtype=dtype)}
+
+
+def _read_logit_lens(value: ReadLogitLens, field: str) -> dict[str, Any]:
+    hook_point = _text(value.hook_point, f"{field}.logit_lens.hook_point")
+    top_k = _whole(value.top_k, f"{field}.logit_lens.top_k")
+    return {"logit_lens": readouts_pb2.ReadLogitLens(hook_point=hook_point, top_k=top_k)}
+
+
+_READOUTS: Final[dict[type[Readout], Callable[[Any, str], dict[str, Any]]]] = {
+    ReadActivations: _read_activations,
+    ReadLogitLens: _read_logit_lens,
+}
+
+
+def _messages(messages: Sequence[Any], field: str) -> list[inputs_pb2.ChatMessage]:
+    return [
+        inputs_pb2.ChatMessage(
+            role=_text(message.role, f"{field}[{n}].role"),
+            content=_text(message.content, f"{field}[{n}].content"),
+        )
+        for n, message in enumerate(messages)
+    ]
+
+
+def _whole(value: Any, field: str, bits: int = 32) -> int:
+    """`value` as an integer that fits the field. Raises TypeError or InvalidArgumentError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{field} must be an integer, not {value!r}") from None
+    limit = 1 << (bits - 1)
+    if not -limit <= number < limit:
+        raise InvalidArgumentError(
+            f"{number} does not fit {bits} bits",
+            field=field,
+            reason=reasons.VALUE_OUT_OF_RANGE,
+            remedy=f"Pass a number from {-limit} to {limit - 1}",
+        )
+    return number
+
+
+def _text(value: Any, field: str) -> str:
+    """`value` if it is text that UTF-8 can carry. Raises TypeError or InvalidArgumentError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{field} must be a string, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"not valid Unicode at character {error.start}",
+            field=field,
+            reason=reasons.VALUE_MALFORMED,
+            remedy="Remove the lone surrogate, or decode the bytes with errors='replace'",
+        ) from None
+    return value
+
+
+def _word(value: str, words: dict[str, Any], field: str) -> Any:
+    try:
+        return words[value]
+    except KeyError:
+        raise InvalidArgumentError(
+            f"{value!r} is not known",
+            field=field,
+            reason=reasons.VALUE_MALFORMED,
+            remedy="Use one of " + ", ".join(map(repr, words)),
+        ) from None

@@ -1,0 +1,182 @@
+"""Response messages -> results. Pure functions; kept small where they run once a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+from glasshouse.client.results import (
+    NONE,
+    GeneratedToken,
+    HookPointInfo,
+    InterventionReceipt,
+    ModelInfo,
+    RenderedChat,
+    Score,
+    Tokens,
+    TopTokens,
+    Usage,
+)
+from glasshouse.v1 import generation_pb2, interventions_pb2, models_pb2, readouts_pb2
+from glasshouse.wire.tensors import unpack
+
+_PREFIX: Final = "models/"
+
+FINISH_REASONS: Final[dict[int, str]] = {
+    generation_pb2.FINISH_REASON_LENGTH: "length",
+    generation_pb2.FINISH_REASON_STOP_TOKEN: "stop_token",
+    generation_pb2.FINISH_REASON_STOP_STRING: "stop_string",
+}
+
+
+class ModelPage(NamedTuple):
+    """One page of the models served."""
+
+    items: list[ModelInfo]
+    next_page_token: str
+
+
+class HookPointPage(NamedTuple):
+    """One page of a model's hook points."""
+
+    items: list[HookPointInfo]
+    next_page_token: str
+
+
+def resource_name(model: str) -> str:
+    """`models/{model}` from either form."""
+    return model if model.startswith(_PREFIX) else _PREFIX + model
+
+
+def model_page(response: models_pb2.ListModelsResponse) -> ModelPage:
+    """A page of ListModels."""
+    return ModelPage([_model_info(model) for model in response.models], response.next_page_token)
+
+
+def model(response: models_pb2.GetModelResponse) -> ModelInfo:
+    """The model of GetModel."""
+    return _model_info(response.model)
+
+
+def _model_info(message: models_pb2.Model) -> ModelInfo:
+    return ModelInfo(
+        name=message.name.removeprefix(_PREFIX),
+        family=message.family,
+        n_layers=message.n_layers,
+        d_model=message.d_model,
+        n_heads=message.n_heads,
+        n_kv_heads=message.n_kv_heads,
+        d_head=message.d_head,
+        d_mlp=message.d_mlp,
+        vocab_size=message.vocab_size,
+        context_length=message.context_length,
+        dtype=message.dtype,
+        device=message.device,
+        engine=message.engine,
+        has_chat_template=message.has_chat_template,
+        eos_token_ids=list(message.eos_token_ids),
+        bos_token_id=message.bos_token_id if message.HasField("bos_token_id") else None,
+        capabilities=list(message.capabilities),
+    )
+
+
+def hook_point_page(response: models_pb2.ListHookPointsResponse) -> HookPointPage:
+    """A page of ListHookPoints."""
+    items = [
+        HookPointInfo(
+            name=point.name,
+            module_path=point.module_path,
+            width=point.width,
+            readable=point.readable,
+            writable=point.writable,
+            layer=point.layer if point.HasField("layer") else None,
+            n_heads=point.n_heads,
+            note=point.note,
+        )
+        for point in response.hook_points
+    ]
+    return HookPointPage(items, response.next_page_token)
+
+
+def tokens(response: models_pb2.TokenizeResponse) -> Tokens:
+    """The tokens of Tokenize."""
+    return Tokens(list(response.token_ids), list(response.tokens))
+
+
+def text(response: models_pb2.DetokenizeResponse) -> str:
+    """The text of Detokenize."""
+    return response.text
+
+
+def rendered_chat(response: models_pb2.RenderChatResponse) -> RenderedChat:
+    """The text and tokens of RenderChat."""
+    return RenderedChat(response.text, list(response.token_ids))
+
+
+def score(response: generation_pb2.ScoreResponse) -> Score:
+    """The log-probabilities of Score."""
+    return Score(
+        token_ids=list(response.token_ids),
+        logprobs=unpack(response.logprobs),
+        top=[top_tokens(entry) for entry in response.top],
+        tokens=list(response.tokens),
+        receipt=receipt(response.receipt),
+    )
+
+
+def top_tokens(message: readouts_pb2.TopTokens) -> TopTokens:
+    """The likeliest tokens at one position."""
+    return TopTokens(list(message.token_ids), list(message.logprobs), list(message.tokens))
+
+
+def receipt(messages: Iterable[interventions_pb2.InterventionReceipt]) -> list[InterventionReceipt]:
+    """What was done, one entry an intervention."""
+    return [
+        InterventionReceipt(
+            index=message.index,
+            edit=message.edit,
+            hook_point=message.hook_point,
+            positions_applied=message.positions_applied,
+            hook_points=list(message.hook_points),
+            content_hash=message.content_hash,
+        )
+        for message in messages
+    ]
+
+
+def usage(message: generation_pb2.Usage) -> Usage:
+    """What a generation took."""
+    return Usage(
+        prompt_tokens=message.prompt_tokens,
+        generated_tokens=message.generated_tokens,
+        queue_seconds=message.queue_seconds,
+        time_to_first_token_seconds=message.time_to_first_token_seconds,
+        total_seconds=message.total_seconds,
+    )
+
+
+def generated_token(message: generation_pb2.GeneratedToken, hook_points: Sequence[str]) -> GeneratedToken:
+    """A new token. hook_points: the name each of the request's readouts was asked under."""
+    top = top_tokens(message.top_logprobs) if message.HasField("top_logprobs") else None
+    values = message.readouts
+    if not values:
+        return GeneratedToken(
+            message.position, message.token_id, message.text, message.logprob, NONE, NONE, NONE, top
+        )
+    activations: dict[str, Any] = {}
+    logit_lens: dict[str, TopTokens] = {}
+    for value in values:
+        kind = value.WhichOneof("value")
+        if kind == "activations":
+            activations[hook_points[value.readout]] = unpack(value.activations)
+        elif kind == "logit_lens":
+            logit_lens[hook_points[value.readout]] = top_tokens(value.logit_lens)
+    return GeneratedToken(
+        position=message.position,
+        token_id=message.token_id,
+        text=message.text,
+        logprob=message.logprob,
+        activations=activations or NONE,
+        top_logprobs=top,
+        logit_lens=logit_lens or NONE,
+    )
