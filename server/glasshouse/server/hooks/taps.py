@@ -101,6 +101,8 @@ def _normalized_hook(
         edited = normalized.clone()
         if not callback(point, edited):
             return None
+        if edited.requires_grad:  # an edit of size zero still has a gradient
+            return regain(kind, module, edited)
         changed = (edited != normalized).any(-1, keepdim=True)
         return torch.where(changed, regain(kind, module, edited), output)
 

@@ -78,9 +78,10 @@ class AttentionSwitch:
         if mask is None:
             if len(self._window_masks) >= 8:
                 self._window_masks.clear()
-            index = torch.arange(n_positions, device=device)
-            distance = index[:, None] - index[None, :]
-            mask = ((distance >= 0) & (distance < window))[None, None]
+            with torch.inference_mode(False):  # a kept mask may next serve a pass with gradients
+                index = torch.arange(n_positions, device=device)
+                distance = index[:, None] - index[None, :]
+                mask = ((distance >= 0) & (distance < window))[None, None]
             self._window_masks[key] = mask
         return mask
 

@@ -52,8 +52,10 @@ BLOCK_POINTS = (
     "hook_resid_post",
     "attn.hook_in",
     "mlp.hook_in",
+    "ln1_post.hook_out",
+    "ln2_post.hook_out",
 )
-"""Every block point that some architecture has, without ``blocks.{L}.``; the last two are aliases."""
+"""Every block point that some architecture has, without ``blocks.{L}.``; the last four are aliases."""
 
 MODEL_POINTS = ("hook_embed", "hook_pos_embed", "ln_final.hook_normalized", "ln_final.hook_out", "unembed")
 
@@ -133,9 +135,9 @@ def absences(stack: StackLayout) -> dict[str, str]:
             "attention and MLP run in parallel here, both from hook_resid_pre: "
             "use hook_resid_pre or hook_resid_post"
         )
-    for ln, pre_norm, post_norm, reads, alias in (
-        ("ln1", block.ln1, block.ln1_post, "hook_resid_pre", "attn.hook_in"),
-        ("ln2", block.ln2, block.ln2_post, "hook_resid_mid", "mlp.hook_in"),
+    for ln, pre_norm, post_norm, reads, alias, added in (
+        ("ln1", block.ln1, block.ln1_post, "hook_resid_pre", "attn.hook_in", "hook_attn_out"),
+        ("ln2", block.ln2, block.ln2_post, "hook_resid_mid", "mlp.hook_in", "hook_mlp_out"),
     ):
         if pre_norm is None:
             why = f"this architecture normalises after attention and MLP, not before: use {reads}"
@@ -144,6 +146,9 @@ def absences(stack: StackLayout) -> dict[str, str]:
         if post_norm is None:
             why = f"this architecture has no norm after attention and MLP: use {ln}.hook_normalized"
             absent[f"{ln}_post.hook_normalized"] = why
+            absent[f"{ln}_post.hook_out"] = (
+                f"this architecture has no norm after attention and MLP: use {added}"
+            )
     if block.mlp_pre_linear is None:
         absent["mlp.hook_pre_linear"] = "this architecture's MLP has no gate: use mlp.hook_pre"
     if not block.rotary:
