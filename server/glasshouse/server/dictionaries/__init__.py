@@ -1,0 +1,1 @@
+"""SAEs, transcoders and crosscoders of every format: loading, encoding, decoding, measuring."""
