@@ -50,12 +50,10 @@ class Scorer:
         last = min(span.stop, len(self._tokens) - 1)
         cells = [(row, position - span.start) for position in range(span.start, last)]
         chunk = max(1, _LOGIT_ELEMENTS // model.loaded.vocab_size)
-        if UNEMBED in fed.planned.edits.groups or not cells:
-            # Edited logits are made in one piece, so that each edit runs once at each position; with nothing to
-            # score (a single token) this still applies them.
-            chunk = max(len(cells), 1)
-            if UNEMBED in fed.planned.edits.groups:
-                cells = [(row, column) for column in range(len(span.token_ids))]
+        if UNEMBED in fed.planned.edits.groups:
+            # Edited logits are made in one piece, the last position's included, so that each edit runs once at each.
+            cells = [(row, column) for column in range(len(span.token_ids))]
+            chunk = len(cells)
         for begin in range(0, len(cells), chunk):
             piece = cells[begin : begin + chunk]
             logprobs = torch.log_softmax(logits_at(model.loaded, fed.planned, fed.hidden_BTD, piece), dim=-1)

@@ -47,6 +47,8 @@ class PlannedPass:
         self._may_change = bool(self.edits.groups)
         self._sites = (self.edits.groups.keys() | self.captures.sites.keys()) - {UNEMBED}
         self._ran: set[str] = set()
+        # Other passes run between the steps that a plan for decoding rows spans: its taps stay on, and look away.
+        self._running = False
         self._attachment: Attachment | None = attach(table, self._sites, self._at_site) if self._sites else None
 
     @property
@@ -56,6 +58,8 @@ class PlannedPass:
         return min(steps, default=None)
 
     def _at_site(self, point: HookPoint, tensor: Tensor) -> bool:
+        if not self._running:
+            return False
         groups = self.edits.groups.get(point.name)
         if groups:
             for group in groups:
@@ -70,6 +74,11 @@ class PlannedPass:
         """Books what this pass owes the edits."""
         self.edits.promise()
         self._ran.clear()
+        self._running = True
+
+    def end(self) -> None:
+        """The forward pass is over."""
+        self._running = False
 
     def check(self) -> None:
         """Every planned site ran. What did not shows in the receipts; a capture that is missing stops here."""
@@ -118,6 +127,7 @@ def run(
         hidden_BTD = loaded.family.forward_hidden(loaded.model, input_ids_BT, position_ids_BT)
     finally:
         loaded.attention.memory = None
+        planned.end()
     planned.check()
     return hidden_BTD
 

@@ -75,6 +75,7 @@ class Scheduler:
             self._guard(list(self.decoding.rows), self.decoding.step)
         self._bulk()
 
+    @torch.inference_mode()
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with `error`."""
         self.decoding.fail(error)
