@@ -1,0 +1,260 @@
+"""`glasshouse serve`: settings, the engine, the server, and an orderly end.
+
+1. Flags override the configuration file, which overrides the defaults.
+2. The port is bound before the model is loaded, so that a taken one is known at once.
+3. `glasshouse: serving MODEL on HOST:PORT` on standard output says that health answers SERVING; logs go to standard
+   error.
+4. The first SIGTERM or SIGINT drains: requests in flight finish, within a limit. The second exits at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glasshouse.server.types.configuration import EngineSettings, Settings
+from glasshouse.server.types.errors import ServingError
+
+if TYPE_CHECKING:
+    from glasshouse.server.engines.engine import Engine
+    from glasshouse.server.transport.logs import Logger
+
+EngineFactory = Callable[[str, EngineSettings], "Engine"]
+
+EMBEDDED_MODEL = "fable"
+ENGINES = ("transformers", "vllm")
+
+
+class StartError(Exception):
+    """The server cannot start; the message says why and what to do."""
+
+
+def main(argv: list[str], engine_factory: EngineFactory | None = None) -> int:
+    """Serves until told to stop. `argv`: the arguments after `serve`. Returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments, engine_factory)
+    except StartError as error:
+        sys.stderr.write(f"glasshouse: {error}\n")
+    except ServingError as error:
+        remedy = f"; {error.remedy}" if error.remedy else ""
+        sys.stderr.write(f"glasshouse: {error.message}{remedy}\n")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glasshouse serve",
+        description="Serve a language model behind glass over gRPC.",
+        epilog="Flags override the configuration file. deploy/README.md describes every setting.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model", metavar="fable|PATH|HUB_ID", help="the embedded model (the default), a folder, or a hub id"
+    )
+    add("--name", metavar="NAME", help="what callers call the model; default: the last part of --model")
+    add("--engine", choices=ENGINES, help="what runs the model; default: transformers")
+    add(
+        "--dictionary",
+        metavar="NAME=PATH",
+        action="append",
+        default=[],
+        help="serve a dictionary of features too",
+    )
+    add(
+        "--listen",
+        metavar="HOST:PORT",
+        help="default: 127.0.0.1:50051; port 0 picks a free one; or unix:PATH",
+    )
+    add(
+        "--metrics", metavar="HOST:PORT", help="Prometheus metrics at http://HOST:PORT/metrics; default: none"
+    )
+    add("--config", metavar="FILE.toml", type=Path, help="settings; see deploy/glasshouse.toml")
+    add("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16")
+    add("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    add("--threads", metavar="N", type=int, help="CPU threads of the computation; 0: the library's choice")
+    add("--max-running", metavar="N", type=int, help="sequences computed together; default: 64")
+    add("--log-format", choices=("auto", "console", "json"), help="default: console on a terminal, else json")
+    add("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
+    add("--allow-remote-code", action="store_true", default=None, help="run code that comes with the model")
+    add("--insecure-listen", action="store_true", default=None, help="allow plaintext beyond loopback")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """The configuration file's settings with the flags put over them.
+
+    Raises:
+        StartError: settings that cannot be used.
+    """
+    from glasshouse.server.transport import configuration
+
+    try:
+        settings = configuration.load(arguments.config) if arguments.config else Settings()
+        merged = _merge(settings, arguments)
+        configuration.check(merged)
+    except configuration.ConfigurationError as error:
+        raise StartError(str(error)) from error
+    return merged
+
+
+def _merge(settings: Settings, arguments: argparse.Namespace) -> Settings:
+    def given(**flags: Any) -> dict[str, Any]:
+        return {name: value for name, value in flags.items() if value is not None}
+
+    a = arguments
+    model = given(
+        model=a.model,
+        name=a.name,
+        engine=a.engine,
+        dtype=a.dtype,
+        device=a.device,
+        threads=a.threads,
+        allow_remote_code=a.allow_remote_code,
+    )
+    server = given(listen=a.listen, metrics=a.metrics, insecure_listen=a.insecure_listen)
+    return replace(
+        settings,
+        model=replace(settings.model, **model),
+        server=replace(settings.server, **server),
+        log=replace(settings.log, **given(format=a.log_format, level=a.log_level)),
+        limits=replace(settings.limits, **given(max_running=a.max_running)),
+        dictionaries={**settings.dictionaries, **dict(_dictionary(text) for text in a.dictionary)},
+    )
+
+
+def _dictionary(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise StartError(f"--dictionary {text!r} is not NAME=PATH")
+    return name, path
+
+
+def engine_settings(settings: Settings) -> EngineSettings:
+    """What the engine is made from: the model found, its name settled.
+
+    Raises:
+        StartError: an embedded model that is not installed, or a name that cannot be one.
+    """
+    model = settings.model
+    location = _embedded() if model.model == EMBEDDED_MODEL else model.model
+    name = model.name or (
+        EMBEDDED_MODEL if model.model == EMBEDDED_MODEL else Path(model.model).resolve().name
+    )
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+        raise StartError(f"{name!r} cannot be a model's name; give one of letters, digits, . _ - with --name")
+    return EngineSettings(
+        model=location,
+        name=name,
+        dtype=model.dtype,
+        device=model.device,
+        threads=model.threads or None,
+        limits=settings.limits,
+        allow_remote_code=model.allow_remote_code,
+        dictionaries=settings.dictionaries,
+    )
+
+
+def _embedded() -> str:
+    try:
+        from glasshouse.fable import model_path
+    except ImportError as error:
+        raise StartError(
+            f"the embedded model is not installed ({error}); serve a folder with --model"
+        ) from error
+    return str(model_path())
+
+
+def _create_engine(name: str, settings: EngineSettings) -> Engine:
+    if name == "vllm":
+        raise StartError("the vllm engine is not available in this version; use --engine transformers")
+    try:
+        from glasshouse.server.engines.factory import create_engine
+
+        return create_engine(name, settings)
+    except ModuleNotFoundError as error:
+        missing = error.name or str(error)
+        if missing.startswith("glasshouse"):
+            raise
+        raise StartError(f"{missing} is not installed; run: pip install 'glasshouse[server]'") from error
+
+
+def _run(arguments: argparse.Namespace, engine_factory: EngineFactory | None) -> int:
+    try:
+        from glasshouse.server.transport.logs import build_logger, route_library_logs
+    except ModuleNotFoundError as error:
+        raise StartError(f"{error.name} is not installed; run: pip install 'glasshouse[server]'") from error
+    settings = settings_from(arguments)
+    route_library_logs(settings.log)
+    return asyncio.run(_serve(settings, build_logger(settings.log), engine_factory or _create_engine))
+
+
+async def _serve(settings: Settings, log: Logger, create: EngineFactory) -> int:
+    from glasshouse.server.transport.keys import KeyFileError
+    from glasshouse.server.transport.listening import ListenError, parse_address
+    from glasshouse.server.transport.metrics_page import MetricsPage
+    from glasshouse.server.transport.server import Server
+
+    wanted = engine_settings(settings)
+    with ExitStack() as stack:
+        try:
+            server = Server(settings, log)
+            page = None
+            if settings.server.metrics:
+                page = MetricsPage(parse_address(settings.server.metrics), server.metrics.registry)
+                stack.enter_context(page)
+        except (ListenError, KeyFileError) as error:
+            raise StartError(str(error)) from error
+        engine = create(settings.model.engine, wanted)
+        await engine.start()
+        try:
+            await server.start([engine])
+            stopping = _stop_on_signals(log)
+            if page is not None:
+                _say(f"glasshouse: metrics on {page.url}")
+            _say(f"glasshouse: serving {wanted.name} on {server.address}")
+            await stopping.wait()
+            await server.drain()
+        finally:
+            await engine.stop()
+            await server.stop()
+    log.info("stopped")
+    return 0
+
+
+def _stop_on_signals(log: Logger) -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT. The second ends the process."""
+    stopping = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stopping.is_set():
+            log.warning("second signal, exiting at once", signal=number.name)
+            os._exit(128 + number)
+        log.info("stopping", signal=number.name)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stopping
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""GenerationService: steered, read generation as a stream, and teacher-forced scoring."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from time import perf_counter
+from typing import cast
+
+import numpy as np
+
+from glasshouse.server.types.configuration import StreamSettings
+from glasshouse.server.types.errors import ResourceExhausted
+from glasshouse.server.types.generation import (
+    Finished,
+    GenerationEvent,
+    GenerationRequest,
+    NewToken,
+    Prefilled,
+    ScoreRequest,
+    ScoreResult,
+)
+from glasshouse.server.types.limits import Limits
+from glasshouse.v1 import generation_pb2 as pb
+from glasshouse.wire import reasons
+
+from . import fields, parameters
+from .call import Call
+from .catalogue import Catalogue, ServedModel
+from .events import TokenMessages, finished_message, prompt_messages
+from .inputs import InputReader
+from .interventions import interventions, receipts
+from .readouts import fill_top_tokens, readouts
+from .tensors import fill
+from .token_strings import TokenStrings
+
+# The least that a reported alternative takes in a message: its id, log-probability and string.
+_TOP_ENTRY_LEAST_BYTES = 7
+_INLINE_ENTRIES = 4096
+
+
+class GenerationServicer:
+    """Serves `glasshouse.v1.GenerationService`."""
+
+    def __init__(self, catalogue: Catalogue, limits: Limits, streams: StreamSettings) -> None:
+        self._catalogue = catalogue
+        self._limits = limits
+        self._gather_s = streams.gather_ms_per_stream / 1000
+        self._max_gather_s = streams.max_gather_ms / 1000
+
+    async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[pb.GenerateResponse]:
+        """The prompt, tokens as they come, the end. Closing the iterator frees the request's place."""
+        model = self._catalogue.find(request.model, "model")
+        wanted = await self._request(request, model, call)
+        pack = TokenMessages(model.strings, self._limits.max_message_bytes).pack
+        last_sent = 0.0
+        async with aclosing(_closable(model.engine.generate(wanted))) as batches:
+            async for batch in batches:
+                if not batch:
+                    continue
+                tokens = [event for event in batch if type(event) is NewToken]
+                if len(tokens) != len(batch) and isinstance(batch[0], Prefilled):
+                    call.accepted(len(wanted.prompt), [i.edit.kind for i in wanted.interventions])
+                    for message, n_bytes in prompt_messages(wanted.prompt, batch[0].readouts, model.strings):
+                        if n_bytes:
+                            call.read(n_bytes)
+                        yield message
+                if tokens:
+                    call.generated(len(tokens))
+                    for message, _, n_bytes in pack(tokens):
+                        if n_bytes:
+                            call.read(n_bytes)
+                        yield message
+                if isinstance(batch[-1], Finished):
+                    yield finished_message(batch[-1], wanted.sampling.seed)
+                    return
+                if tokens:
+                    # The last tokens come without a pause, so that no stream ends late for it.
+                    pause = self._gather_s * call.meter.open_streams
+                    left = wanted.max_tokens - call.generated_tokens
+                    if pause and left > len(tokens):
+                        now = perf_counter()
+                        pause = min(pause, self._max_gather_s) - (now - last_sent)
+                        if pause > 0 and last_sent:
+                            await asyncio.sleep(pause)
+                        last_sent = perf_counter()
+
+    async def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
+        """Log-probabilities of one input."""
+        model = self._catalogue.find(request.model, "model")
+        top_k = parameters.top_logprobs(request.top_k, "top_k", self._limits)
+        edits = interventions(request.interventions, self._limits)
+        tokens = await InputReader(model, self._limits).prompt(
+            request.input, request.HasField("input"), "input"
+        )
+        least = len(tokens) * top_k * _TOP_ENTRY_LEAST_BYTES
+        if least > self._limits.max_message_bytes:
+            raise self._top_too_large(len(tokens), top_k)
+        result = await model.engine.score(
+            ScoreRequest(tokens=tokens, interventions=edits, top_k=top_k, request_id=call.request_id)
+        )
+        call.accepted(len(tokens), [edit.edit.kind for edit in edits])
+        if len(tokens) * (top_k + 1) <= _INLINE_ENTRIES:
+            return _score(tokens, result, model.strings)
+        return await asyncio.to_thread(_score, tokens, result, model.strings)
+
+    async def _request(
+        self, request: pb.GenerateRequest, model: ServedModel, call: Call
+    ) -> GenerationRequest:
+        """The request, checked as far as its own fields, the tokenizer and the server's limits go."""
+        limits = self._limits
+        reader = InputReader(model, limits)
+        max_tokens = parameters.max_tokens(request.max_tokens)
+        sampling = parameters.sampling(request.sampling)
+        stop = parameters.stops(request.stop)
+        stop_token_ids = parameters.stop_tokens(request.stop_token_ids)
+        reader.check_ids(stop_token_ids, "stop_token_ids")
+        top_logprobs = parameters.top_logprobs(request.top_logprobs, "top_logprobs", limits)
+        edits = interventions(request.interventions, limits)
+        wanted = readouts(request.readouts, limits)
+        prompt = await reader.prompt(request.input, request.HasField("input"), "input")
+        reader.check_fits(len(prompt), max_tokens, "input")
+        fields.count(max_tokens, "max_tokens", limits.max_tokens, "max_tokens", "tokens to generate")
+        return GenerationRequest(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=request.ignore_eos,
+            top_logprobs=top_logprobs,
+            interventions=edits,
+            readouts=wanted,
+            request_id=call.request_id,
+        )
+
+    def _top_too_large(self, n_tokens: int, top_k: int) -> ResourceExhausted:
+        most = self._limits.max_message_bytes // (n_tokens * 2 * _TOP_ENTRY_LEAST_BYTES)
+        return ResourceExhausted(
+            f"{top_k} alternatives at {n_tokens} positions do not fit one message",
+            reason=reasons.MESSAGE_TOO_LARGE,
+            field="top_k",
+            value=top_k,
+            remedy=f"ask for about {most} alternatives, or score a shorter input",
+        )
+
+
+def _closable(
+    events: AsyncIterator[Sequence[GenerationEvent]],
+) -> AsyncGenerator[Sequence[GenerationEvent], None]:
+    """Engines answer with generators; their interface promises no more than that leaving them cancels."""
+    return cast("AsyncGenerator[Sequence[GenerationEvent], None]", events)
+
+
+def _score(tokens: Sequence[int], result: ScoreResult, strings: TokenStrings) -> pb.ScoreResponse:
+    response = pb.ScoreResponse(token_ids=tokens, receipt=receipts(result.receipt), tokens=strings.of(tokens))
+    fill(response.logprobs, result.logprobs.astype(np.float32, copy=False))
+    if result.top:
+        response.top.add()
+        for top in result.top:
+            fill_top_tokens(response.top.add(), top, strings)
+    return response

@@ -1,0 +1,167 @@
+"""Interventions: protobuf to types, and their receipts back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from glasshouse.server.types.errors import InvalidArgument
+from glasshouse.server.types.interventions import (
+    AblateDirection,
+    AddVector,
+    CapProjection,
+    Edit,
+    FloatArray,
+    Intervention,
+    InterventionReceipt,
+    Replace,
+    Rotate,
+)
+from glasshouse.server.types.limits import Limits
+from glasshouse.v1 import interventions_pb2 as pb
+from glasshouse.wire import reasons
+
+from . import fields, tensors
+from .selectors import selector
+
+_EDITS = ("add_vector", "ablate_direction", "cap_projection", "rotate", "replace")
+# Below this sine of the angle between them, two vectors span no plane in float32.
+_PARALLEL_SINE = 1e-5
+
+
+def interventions(messages: Sequence[pb.Intervention], limits: Limits) -> tuple[Intervention, ...]:
+    """The edits of a request, in order."""
+    fields.count(
+        len(messages), "interventions", limits.max_interventions, "max_interventions", "interventions"
+    )
+    return tuple(_intervention(m, f"interventions[{i}]", limits) for i, m in enumerate(messages))
+
+
+def receipts(entries: Sequence[InterventionReceipt]) -> list[pb.InterventionReceipt]:
+    """Receipts as messages."""
+    return [
+        pb.InterventionReceipt(
+            index=entry.index,
+            edit=entry.edit,
+            hook_point=entry.hook_points[0] if entry.hook_points else "",
+            positions_applied=entry.positions_applied,
+            hook_points=entry.hook_points,
+            content_hash=entry.content_hash,
+        )
+        for entry in entries
+    ]
+
+
+def _intervention(message: pb.Intervention, field: str, limits: Limits) -> Intervention:
+    if not message.hook_point:
+        raise fields.required(
+            f"{field}.hook_point", "where to edit", "name a writable hook point; ListHookPoints lists them"
+        )
+    positions = selector(message.positions, message.HasField("positions"), f"{field}.positions", limits)
+    return Intervention(
+        hook_point=message.hook_point,
+        edit=_edit(message, field),
+        positions=positions,
+        preserve_norm=message.preserve_norm,
+    )
+
+
+def _edit(message: pb.Intervention, field: str) -> Edit:
+    match message.WhichOneof("edit"):
+        case "add_vector":
+            return _add_vector(message.add_vector, f"{field}.add_vector")
+        case "ablate_direction":
+            ablate = message.ablate_direction
+            path = f"{field}.ablate_direction.vector"
+            return AblateDirection(
+                vector=tensors.vector(ablate.vector, ablate.HasField("vector"), path, nonzero=True)
+            )
+        case "cap_projection":
+            return _cap(message.cap_projection, f"{field}.cap_projection")
+        case "rotate":
+            return _rotate(message.rotate, f"{field}.rotate")
+        case "replace":
+            return _replace(message.replace, f"{field}.replace")
+        case _:
+            names = ", ".join(_EDITS)
+            raise fields.required(field, f"an edit, one of {names}", f"set one of {names}")
+
+
+def _add_vector(message: pb.AddVector, field: str) -> AddVector:
+    if message.scale not in pb.AddScale.values():
+        raise fields.out_of_range(f"{field}.scale", message.scale, "a known AddScale: plain or norm")
+    norm_scaled = message.scale == pb.ADD_SCALE_NORM
+    return AddVector(
+        vector=tensors.vector(
+            message.vector, message.HasField("vector"), f"{field}.vector", nonzero=norm_scaled
+        ),
+        coefficient=(
+            fields.finite(message.coefficient, f"{field}.coefficient")
+            if message.HasField("coefficient")
+            else 1.0
+        ),
+        norm_scaled=norm_scaled,
+    )
+
+
+def _cap(message: pb.CapProjection, field: str) -> CapProjection:
+    maximum = fields.finite(message.max, f"{field}.max") if message.HasField("max") else None
+    minimum = fields.finite(message.min, f"{field}.min") if message.HasField("min") else None
+    if maximum is None and minimum is None:
+        raise fields.required(f"{field}.max", "at least one of max and min", "set max, min or both")
+    if maximum is not None and minimum is not None and minimum > maximum:
+        raise InvalidArgument(
+            f"{field}.min is {minimum}, above max, {maximum}",
+            reason=reasons.FIELD_CONFLICT,
+            field=f"{field}.min",
+            value=minimum,
+            remedy="give a min that is not above max",
+        )
+    vector = tensors.vector(message.vector, message.HasField("vector"), f"{field}.vector", nonzero=True)
+    return CapProjection(vector=vector, maximum=maximum, minimum=minimum)
+
+
+def _rotate(message: pb.RotateActivation, field: str) -> Rotate:
+    first = tensors.vector(message.first, message.HasField("first"), f"{field}.first", nonzero=True)
+    second = tensors.vector(message.second, message.HasField("second"), f"{field}.second", nonzero=True)
+    if first.shape != second.shape:
+        raise InvalidArgument(
+            f"{field}.second has {second.size} elements, first has {first.size}",
+            reason=reasons.WRONG_WIDTH,
+            field=f"{field}.second",
+            value=second.size,
+            remedy="give two vectors of the hook point's width",
+        )
+    if _parallel(first, second):
+        raise InvalidArgument(
+            f"{field}.second is parallel to first: together they span no plane",
+            reason=reasons.VALUE_OUT_OF_RANGE,
+            field=f"{field}.second",
+            value="parallel to first",
+            remedy="give two vectors that point in different directions",
+        )
+    angle = fields.finite(message.angle_radians, f"{field}.angle_radians")
+    return Rotate(first=first, second=second, angle_radians=angle)
+
+
+def _parallel(first: FloatArray, second: FloatArray) -> bool:
+    a = first.astype(np.float64) / np.abs(first).max()
+    b = second.astype(np.float64) / np.abs(second).max()
+    a /= np.linalg.norm(a)
+    b /= np.linalg.norm(b)
+    return bool(np.linalg.norm(b - (a @ b) * a) < _PARALLEL_SINE)
+
+
+def _replace(message: pb.ReplaceActivations, field: str) -> Replace:
+    path = f"{field}.activations"
+    array = tensors.floats(message.activations, message.HasField("activations"), path)
+    if array.ndim not in (1, 2):
+        raise InvalidArgument(
+            f"{path}.shape: expected (width,) or (n, width), found {array.shape}",
+            reason=reasons.TENSOR_MALFORMED,
+            field=f"{path}.shape",
+            value=array.shape,
+            remedy="send one row for every selected position, or a single row for all",
+        )
+    return Replace(activations=array)

@@ -1,0 +1,79 @@
+"""The methods of our services, taken from the proto's own descriptors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from glasshouse.v1 import activations_pb2, generation_pb2, models_pb2
+
+# Methods that only keys of the role admin may call. None yet: what is served so far reads and generates.
+ADMIN_METHODS: frozenset[str] = frozenset()
+
+
+class Malformed:
+    """A request whose bytes are no message of its type."""
+
+
+MALFORMED = Malformed()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One RPC. `name`: what metrics and logs call it, such as "GenerationService/Generate"."""
+
+    service: str
+    method: str
+    request_class: type[Message]
+    streams: bool
+
+    @property
+    def name(self) -> str:
+        """Service and method without the package."""
+        return f"{self.service.rpartition('.')[2]}/{self.method}"
+
+    @property
+    def admin(self) -> bool:
+        """Whether it takes a key of the role admin."""
+        return self.name in ADMIN_METHODS
+
+
+def methods_of(*files: FileDescriptor) -> tuple[Method, ...]:
+    """Every method of every service in `files`."""
+    return tuple(
+        Method(
+            service=service.full_name,
+            method=method.name,
+            request_class=GetMessageClass(method.input_type),
+            streams=method.server_streaming,
+        )
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    )
+
+
+METHODS = methods_of(models_pb2.DESCRIPTOR, generation_pb2.DESCRIPTOR, activations_pb2.DESCRIPTOR)
+SERVICES = tuple(dict.fromkeys(method.service for method in METHODS))
+
+
+def forgiving(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A deserializer that answers MALFORMED where `parse` fails: grpc would make INTERNAL of an exception."""
+
+    def deserialize(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except (DecodeError, ValueError):
+            return MALFORMED
+
+    return deserialize
+
+
+def serialize(message: Message | bytes) -> bytes:
+    """A message's bytes; services may hand over bytes that already are a message."""
+    return message if isinstance(message, bytes) else message.SerializeToString()
