@@ -1,7 +1,7 @@
 """Tiny random models of every family, and a reference that recomputes each from its weights alone.
 
 The reference shares no code with transformers' modules or with ours: plain matrix products, a mask by
-position, a rotary by formula. It calls `at(name, tensor)` at every hook point, so it can also be edited there:
+position, a rotary by formula. It calls `at(name, tensor)` at every hook point, so it can be edited there too:
 what an edit should do is what the reference does with the same edit.
 
 Shapes: B batch, T positions, H heads, K key-value heads, D d_head.

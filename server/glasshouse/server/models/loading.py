@@ -164,14 +164,26 @@ def _check_config(config: Any, text_config: Any) -> None:
 
 
 def _load_weights(located: str, config: Any, dtype: torch.dtype | str, options: dict[str, Any]) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            located, config=config, dtype=dtype, use_safetensors=True, attn_implementation="eager", **options
+        model, info = AutoModelForCausalLM.from_pretrained(
+            located,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unsupported(f"The weights of {located!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):  # transformers would serve them at random
+        raise _unsupported(
+            f"The weights of {located!r} lack {len(missing)} tensors, first {missing[0]!r}",
+            "Give the folder the weights that its config.json describes.",
+        )
     assert isinstance(model, nn.Module)
     return model
 
