@@ -100,7 +100,7 @@ def as_positions(value: PositionsLike | None) -> Positions | None:
         return at([value])
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(
-            "positions must be a selector such as prompt() or at([0, 1]), a list of ints, a slice or a range, "
-            f"not {value!r}"
+            "positions must be a selector such as prompt() or at([0, 1]), a list of ints, a slice or a "
+            f"range, not {value!r}"
         )
     return at(value)

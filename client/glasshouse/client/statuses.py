@@ -1,5 +1,4 @@
-"""gRPC statuses -> exceptions: `google.rpc.Status` details where the server sent them, sensible words where
-not."""
+"""gRPC statuses -> exceptions: the server's `google.rpc.Status` details, or else sensible words."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The blocking client: `Client`, `Model`, `GenerationStream`. `aio` is its twin; what they share is
-elsewhere."""
+"""The blocking client: `Client`, `Model`, `GenerationStream`. `aio` is its twin."""
 
 from __future__ import annotations
 
