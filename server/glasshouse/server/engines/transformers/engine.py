@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -50,7 +51,14 @@ _MAX_JOBS = 64
 class TransformersEngine(Engine):
     """Continuous batching over a Hugging Face model in this process."""
 
-    def __init__(self, loaded: LoadedModel, *, limits: Limits, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        limits: Limits,
+        threads: int | None = None,
+        steps: SchedulerSettings | None = None,
+    ) -> None:
         self._loaded = loaded
         self._limits = limits
         self._threads = threads
@@ -78,7 +86,8 @@ class TransformersEngine(Engine):
         self._preparation = Preparation(info=self._info, table=self._table, device=loaded.device)
         self._model = Model(loaded, self._table)
         position_bytes = 2 * loaded.n_layers * loaded.n_kv_heads * loaded.d_head * loaded.dtype.itemsize
-        self._settings = SchedulerSettings(
+        self._settings = replace(
+            steps or SchedulerSettings(),
             max_running=limits.max_running,
             max_cached_positions=limits.max_cache_bytes // position_bytes,
             max_backlog_bytes=limits.max_buffered_bytes // 2,
