@@ -2,8 +2,8 @@
 
 1. Flags override the configuration file, which overrides the defaults.
 2. The port is bound before the model is loaded, so that a taken one is known at once.
-3. `glasshouse: serving MODEL on HOST:PORT` on standard output says that health answers SERVING; logs go to standard
-   error.
+3. `glasshouse: serving MODEL on HOST:PORT` on standard output says that health answers SERVING; logs go to
+   standard error.
 4. The first SIGTERM or SIGINT drains: requests in flight finish, within a limit. The second exits at once.
 """
 

@@ -1,4 +1,4 @@
-"""ActivationService: activations of many inputs and hook points, streamed while the next input is computed."""
+"""ActivationService: activations of many inputs and hook points, streamed as they are computed."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class TokenMessages:
             reason=reasons.MESSAGE_TOO_LARGE,
             field="readouts",
             value=size,
-            remedy="ask for fewer readouts, a 16-bit dtype, or read a finished sequence with ExtractActivations",
+            remedy="ask for fewer readouts, a 16-bit dtype, or read the sequence with ExtractActivations",
             metadata={"limit": str(self._max_bytes)},
         )
 
@@ -79,7 +79,7 @@ class TokenMessages:
 def prompt_messages(
     prompt: Sequence[int], readouts: Sequence[PromptReadout], strings: TokenStrings
 ) -> Iterator[tuple[pb.GenerateResponse, int]]:
-    """The prompt's events, each with its bytes of readouts: the first carries the ids, the others more readouts."""
+    """The prompt's events, each with its bytes of readouts: the first has the ids, others more readouts."""
     response = pb.GenerateResponse()
     response.prompt.token_ids.extend(prompt)
     held = 0

@@ -1,7 +1,8 @@
-"""Chunks of an extraction, encoded by hand: the bytes of a tensor are copied once, from the array to the message.
+"""Chunks of an extraction, encoded by hand: a tensor's bytes are copied once, from the array to the message.
 
-Through message objects they would be copied four times more (into a chunk, into its parent, into the serialised
-parent), and an extraction is little else than such copies. What is made here is byte for byte what protobuf makes of
+Through message objects they would be copied four times more (into a chunk, into its parent, into the
+serialised parent), and an extraction is little else than such copies. What is made here is byte for byte
+what protobuf makes of
 
 ::
 

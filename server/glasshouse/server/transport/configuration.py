@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -102,7 +101,6 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigurationError(f"{name} is {value!r}, it must be a list of strings")
         return tuple(value)
-    assert isinstance(kind, type) and not isinstance(kind, types.UnionType), f"no rule for settings of {kind}"
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

@@ -7,8 +7,8 @@
 5. the service runs; whatever it raises becomes a status by the one table;
 6. it is counted and logged.
 
-A caller that goes away cancels the task of its call: the service's iterator is closed on the way out, which frees the
-engine's place.
+A caller that goes away cancels the task of its call: the service's iterator is closed on the way out, which
+frees the engine's place.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ class Gate:
         self._metrics = metrics
         self._log = log
         self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    def handler(self, method: Method, behaviour: UnaryBehaviour | StreamBehaviour) -> grpc.RpcMethodHandler:
+    def handler(
+        self, method: Method, behaviour: UnaryBehaviour | StreamBehaviour
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         """What grpc calls for `method`."""
         parse = forgiving(method.request_class.FromString)
         if method.streams:
@@ -83,8 +87,7 @@ class Gate:
 
     async def idle(self) -> None:
         """Returns when no call is being served."""
-        while self._metrics.active_requests:
-            await asyncio.sleep(0.01)
+        await self._idle.wait()
 
     async def _serve(
         self,
@@ -93,13 +96,14 @@ class Gate:
         context: Context,
         work: Callable[[Any, Call, Context], Awaitable[Any]],
     ) -> Any:
-        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         call = Call(_request_id(metadata.get(REQUEST_ID_KEY)), self._metrics)
         facts: dict[str, object] = {}
         code = grpc.StatusCode.OK
         failure: ServingError | None = None
         result: Any = None
         self._metrics.begin(stream=method.streams)
+        self._idle.clear()
         try:
             await context.send_initial_metadata(((REQUEST_ID_KEY, call.request_id),))
             limit_s = self._time_limit(context)
@@ -121,6 +125,8 @@ class Gate:
             failure = self._defect(error, method, call)
         finally:
             self._metrics.end(stream=method.streams)
+            if not self._metrics.active_requests:
+                self._idle.set()
             if failure is not None:
                 code = code_of(failure)
             self._record(method, call, code, failure, context, facts)
@@ -225,8 +231,8 @@ class Gate:
         )
 
 
-def _request_id(given: str | bytes | None) -> str:
-    if isinstance(given, str) and _REQUEST_ID.fullmatch(given):
+def _request_id(given: str | None) -> str:
+    if given is not None and _REQUEST_ID.fullmatch(given):
         return given
     return uuid.uuid4().hex
 

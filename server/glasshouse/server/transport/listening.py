@@ -1,4 +1,4 @@
-"""Where the server listens, and whether it may: plaintext beyond loopback is refused unless the operator insists."""
+"""Where the server listens, and whether it may: plaintext beyond loopback takes the operator's word."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def check_exposure(address: Address, settings: ListenSettings, tls: TlsSettings)
     if address.is_local or tls.enabled or settings.insecure_listen:
         return
     raise ListenError(
-        f"{address} is reachable from other machines and TLS is off: prompts, keys and activations would travel in "
-        "the clear. Set tls.certificate and tls.private_key in the configuration file, listen on 127.0.0.1, or pass "
-        "--insecure-listen if something else protects the connection"
+        f"{address} is reachable from other machines and TLS is off: prompts, keys and activations would "
+        "travel in the clear. Set tls.certificate and tls.private_key in the configuration file, listen on "
+        "127.0.0.1, or pass --insecure-listen if something else protects the connection"
     )
 
 

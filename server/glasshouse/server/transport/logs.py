@@ -30,7 +30,7 @@ def build_logger(settings: LogSettings, stream: TextIO | None = None) -> Logger:
 
 
 def route_library_logs(settings: LogSettings) -> None:
-    """Sends what libraries log (warnings and worse) through the same form. For `main`: it changes the process."""
+    """Sends libraries' warnings and errors through the same form. For `main`: it changes the process."""
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.add_logger_name, *_common()],
         processors=[

@@ -1,8 +1,8 @@
 """The metrics of the contract, kept as plain numbers and rendered when the page is asked for.
 
-All are written from the event loop's thread and read by the page's: a number may be one behind, never torn. The
-time between tokens is observed for every token of every stream, so a histogram is a `bisect` and two additions here,
-without locks; and no `_created` series are written, for the contract has none.
+All are written from the event loop's thread and read by the page's: a number may be one behind, never torn.
+The time between tokens is observed for every token of every stream, so a histogram is a `bisect` and two
+additions here, without locks; and no `_created` series are written, for the contract has none.
 """
 
 from __future__ import annotations

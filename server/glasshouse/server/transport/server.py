@@ -45,8 +45,8 @@ class _Running:
 class Server:
     """A gRPC server over engines.
 
-    It is bound when it is made, so that a taken port is known before a model is loaded; callers that connect then wait
-    until `start`. Made and used within one running event loop.
+    It is bound when it is made, so that a taken port is known before a model is loaded; callers that connect
+    then wait until `start`. Made and used within one running event loop.
 
     Raises:
         ListenError: an address that may not or cannot be listened on, or TLS files that cannot be used.
@@ -115,7 +115,7 @@ class Server:
             self._running.watch.cancel()
         await self._server.stop(_LAST_WORDS_S)
         if self.address.is_unix:
-            Path(self.address.host.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
+            _remove_socket(self.address)
 
     def _bind(self, address: Address) -> Address:
         check_exposure(address, self._settings.server, self._settings.tls)
@@ -127,7 +127,7 @@ class Server:
                 port = self._server.add_secure_port(str(address), secure)
         except RuntimeError as error:
             raise ListenError(
-                f"cannot listen on {address}; is the port taken? Choose another with --listen, 0 for a free one"
+                f"cannot listen on {address}; is the port taken? Choose another with --listen, or 0"
             ) from error
         if port == 0:
             raise ListenError(f"cannot listen on {address}: the certificate or its key cannot be used")
@@ -158,6 +158,10 @@ class Server:
                 await self._set_health(now)
                 was = now
             await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+
+def _remove_socket(address: Address) -> None:
+    Path(address.host.removeprefix(UNIX_PREFIX)).unlink(missing_ok=True)
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:

@@ -1,12 +1,14 @@
-"""The standard services beside ours, health and reflection, with requests that are no protobuf answered as such."""
+"""The standard services beside ours, health and reflection; malformed requests are answered as such."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer as HealthServicer
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
@@ -16,7 +18,11 @@ from glasshouse.wire import reasons
 from .methods import MALFORMED, SERVICES, forgiving
 from .status import message_of, trailers
 
-HealthServicer = health.aio.HealthServicer
+if TYPE_CHECKING:
+    # Generic in their stubs alone.
+    Handler = grpc.GenericRpcHandler[Any, Any]
+    MethodHandler = grpc.RpcMethodHandler[Any, Any]
+
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -27,29 +33,29 @@ class _Handlers:
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
 
-    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+    def add_generic_rpc_handlers(self, handlers: Sequence[Handler]) -> None:
         """Only the other registration is of use: it names the methods."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         self.found[service] = dict(handlers)
 
 
-def health_handlers(servicer: Any) -> list[grpc.GenericRpcHandler]:
+def health_handlers(servicer: Any) -> list[Handler]:
     """`grpc.health.v1.Health`."""
     found = _Handlers()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, found)
     return _guarded(found)
 
 
-def reflection_handlers() -> list[grpc.GenericRpcHandler]:
+def reflection_handlers() -> list[Handler]:
     """`grpc.reflection.v1alpha.ServerReflection` over our services and the standard ones."""
     found = _Handlers()
-    names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    names = (*SERVICES, HEALTH_NAME, reflection.SERVICE_NAME)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), found)
     return _guarded(found)
 
 
-def _guarded(found: _Handlers) -> list[grpc.GenericRpcHandler]:
+def _guarded(found: _Handlers) -> list[Handler]:
     return [
         grpc.method_handlers_generic_handler(
             service, {name: _guard(handler) for name, handler in handlers.items()}
@@ -58,7 +64,7 @@ def _guarded(found: _Handlers) -> list[grpc.GenericRpcHandler]:
     ]
 
 
-def _guard(handler: Any) -> grpc.RpcMethodHandler:
+def _guard(handler: Any) -> MethodHandler:
     parse, serialize = forgiving(handler.request_deserializer), handler.response_serializer
     if handler.request_streaming:
         return grpc.stream_stream_rpc_method_handler(_guard_stream(handler.stream_stream), parse, serialize)

@@ -2,15 +2,15 @@
 
 ::
 
-    always                  ErrorInfo{reason, domain "glasshouse", metadata: request_id, field, value, remedy, ...}
+    always                  ErrorInfo{reason, domain "glasshouse", metadata: request_id, field, value, ...}
     INVALID_ARGUMENT        BadRequest with the field's path
     NOT_FOUND               ResourceInfo; the closest names are in ErrorInfo's metadata
     FAILED_PRECONDITION     PreconditionFailure
     RESOURCE_EXHAUSTED      QuotaFailure, and RetryInfo where trying again later can help
     UNAVAILABLE             RetryInfo
 
-A status travels in a trailer, and gRPC clients drop calls whose trailers pass 8 KiB (their default): texts are cut so
-that the whole stays below.
+A status travels in a trailer, and gRPC clients drop calls whose trailers pass 8 KiB (their default): texts
+are cut so that the whole stays below.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CODES: Mapping[type[ServingError], grpc.StatusCode] = MappingProxyType(
 
 DETAILS_KEY = "grpc-status-details-bin"
 
-# Sizes that add up to less than 8 KiB of trailers: details grow by a third in base64, the message by percent signs.
+# Together below 8 KiB of trailers: details grow by a third in base64, the message by percent signs.
 _MAX_MESSAGE_BYTES = 1200
 _MAX_DETAILS_BYTES = 4400
 _MAX_VALUE_BYTES = 400
@@ -105,7 +105,7 @@ def _status(error: ServingError, request_id: str, limit: int) -> status_pb2.Stat
     return status
 
 
-def _error_info(error: ServingError, request_id: str, limit: int) -> Message:
+def _error_info(error: ServingError, request_id: str, limit: int) -> error_details_pb2.ErrorInfo:
     facts = {
         "request_id": request_id,
         "field": error.field,

@@ -1,4 +1,4 @@
-"""The settings of a server: one dataclass a section of the configuration file, and what an engine is made from.
+"""The settings of a server, one dataclass a section of the configuration file, and those of an engine.
 
 A value of "auto" is resolved where the facts are known (dtype and device: the engine; log format: `main`).
 """
@@ -18,8 +18,9 @@ Role = Literal["user", "admin"]
 class ModelSettings:
     """`[model]`: what is served, and by which engine.
 
-    `model`: "fable" (the embedded model), a Hugging Face folder, or a hub id. `name`: what callers say; by default the
-    last part of `model`. `threads`: CPU threads of the computation; 0 leaves the library's own choice.
+    `model`: "fable" (the embedded model), a Hugging Face folder, or a hub id. `name`: what callers say; by
+    default the last part of `model`. `threads`: CPU threads of the computation; 0 leaves the library's own
+    choice.
     """
 
     model: str = "fable"
@@ -35,9 +36,9 @@ class ModelSettings:
 class ListenSettings:
     """`[server]`: where it listens, and how it stops.
 
-    `listen`: HOST:PORT or unix:PATH; port 0 picks a free one. `metrics`: HOST:PORT of the Prometheus page; empty for
-    none. `insecure_listen`: allow plaintext beyond loopback. `drain_timeout_s`: how long requests in flight may go on
-    after the first SIGTERM.
+    `listen`: HOST:PORT or unix:PATH; port 0 picks a free one. `metrics`: HOST:PORT of the Prometheus page;
+    empty for none. `insecure_listen`: allow plaintext beyond loopback. `drain_timeout_s`: how long requests
+    in flight may go on after the first SIGTERM. `reflection`: tell callers the services' schema.
     """
 
     listen: str = "127.0.0.1:50051"
@@ -65,8 +66,8 @@ class TlsSettings:
 class KeySettings:
     """`[keys]`: who may call. Neither field set: anyone may.
 
-    `entries`: "NAME ROLE SHA256" each, ROLE "user" or "admin", SHA256 the hex digest of the key. `file`: a file of such
-    lines; blank ones and those that start with # are skipped.
+    `entries`: "NAME ROLE SHA256" each, ROLE "user" or "admin", SHA256 the hex digest of the key. `file`: a
+    file of such lines; blank ones and those that start with # are skipped.
     """
 
     file: str = ""
@@ -75,7 +76,7 @@ class KeySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSettings:
-    """`[log]`: `format` "auto" (console on a terminal, else json), "console" or "json"; `level` as in Python's logging."""
+    """`[log]`. `format`: "auto" (console on a terminal, else json), "console" or "json"."""
 
     format: str = "auto"
     level: str = "info"
@@ -85,9 +86,10 @@ class LogSettings:
 class StreamSettings:
     """`[streams]`: how tokens are gathered into messages.
 
-    A stream's messages are at least `gather_ms_per_stream` milliseconds times the number of open streams apart, and
-    never kept more than `max_gather_ms` apart: each message costs the server a fixed amount of work, so many streams
-    send fewer, fuller ones. The first token is never held. 0 sends every token as it comes.
+    A stream's messages are at least `gather_ms_per_stream` milliseconds times the number of open streams
+    apart, and never kept more than `max_gather_ms` apart: each message costs the server a fixed amount of
+    work, so many streams send fewer, fuller ones. The first token is never held. 0 sends every token as it
+    comes.
     """
 
     gather_ms_per_stream: float = 0.5
@@ -110,7 +112,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What an engine is made from. `model`: a folder or a hub id. `threads`: None leaves the library's choice."""
+    """What an engine is made from. `model`: a folder or hub id. `threads`: None is the library's choice."""
 
     model: str
     name: str
