@@ -98,7 +98,8 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         torch.manual_seed(0)
         sizes = {
             "vocab_size": 331, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": [2, 5],
+            "num_attention_heads": 4, "max_position_embeddings": 64, "bos_token_id": 1,
+            "eos_token_id": [2, 5],
         }  # fmt: skip
         config = AutoConfig.for_model(model_type, **(sizes | settings))
         folder = tmp_path / f"tiny-{model_type}"

@@ -153,7 +153,7 @@ def test_an_unlisted_family_that_reproduces_itself_is_served_without_points(make
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
-        # Attention sinks; logits scaled after the head; positions as biases; a state space; an encoder-decoder.
+        # Attention sinks; logits scaled after the head; positions as biases; a state space.
         ("gpt_oss", {"head_dim": 8, "num_key_value_heads": 2, "num_local_experts": 2}),
         ("cohere", {"logit_scale": 0.5}),
         ("bloom", {"n_head": 4, "n_layer": 2}),

@@ -126,7 +126,7 @@ def test_encode_ignores_a_saved_truncation_and_adds_the_bos(byte_level: Any) -> 
     ids = codec.encode("once upon a time there was a dog, once upon a time")
     assert ids[0] == byte_level.bos_token_id
     assert len(ids) > 4
-    assert codec.encode("a", add_special_tokens=False) == ids[:0] + [byte_level.convert_tokens_to_ids("a")]
+    assert codec.encode("a", add_special_tokens=False) == [byte_level.convert_tokens_to_ids("a")]
     assert codec.encode("", add_special_tokens=False) == []
 
 

@@ -48,6 +48,7 @@ def family_spec(config: object, facts: ModelFacts) -> FamilySpec | None:
         norm=stack.final_norm,
         norm_kind=stack.block.norm,
         final_logit_softcap=_softcap(config),
+        direct=stack.direct,
         taps=build_taps(stack, facts),
         absent=absences(stack),
     )

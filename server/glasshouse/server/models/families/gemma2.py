@@ -24,5 +24,6 @@ def sandwich(facts: ModelFacts, *, root: str = "model") -> StackLayout:
         ln1_post="post_attention_layernorm",
         ln2="pre_feedforward_layernorm",
         ln2_post="post_feedforward_layernorm",
+        direct=False,
         embed_note="includes the sqrt(d_model) factor",
     )

@@ -17,6 +17,7 @@ def llama_like(
     ln1_post: str | None = None,
     ln2_post: str | None = None,
     fused: bool = False,
+    direct: bool = True,
     embed_note: str = "",
     post_norm_note: str = "",
 ) -> StackLayout:
@@ -56,5 +57,6 @@ def llama_like(
         final_norm=f"{root}.norm",
         head="lm_head",
         block=block,
+        direct=direct,
         embed_note=embed_note,
     )

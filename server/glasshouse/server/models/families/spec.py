@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ class FamilySpec:
 
     `base` maps token ids to the last hidden state after the final norm; `head` is the output embedding.
     `absent` maps a point's name without its layer prefix (``hook_resid_mid``) to why this architecture has
-    none.
+    none. `direct`: the stack runs as embedding, rotary, blocks, norm, called one by one; the base module's own
+    forward prepares masks, caches and outputs that are not used here, some 0.2 ms a step on a CPU.
     """
 
     name: str
@@ -65,6 +66,7 @@ class FamilySpec:
     norm: str | None = None
     norm_kind: NormKind | None = None
     final_logit_softcap: float | None = None
+    direct: bool = False
     taps: tuple[TapSite, ...] = ()
     absent: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,7 +80,15 @@ class FamilySpec:
 
         The result is (B, T, d_model) in the model's dtype.
         """
-        base = model.get_submodule(self.base)
+        base = cast(Any, model.get_submodule(self.base))
+        if self.direct:
+            stream = base.embed_tokens(input_ids)
+            rotary = base.rotary_emb(stream, position_ids=position_ids)
+            for block in base.layers:
+                stream = block(
+                    stream, attention_mask=None, position_embeddings=rotary, position_ids=position_ids
+                )
+            return cast(Tensor, base.norm(stream))
         out = base(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         return cast(Tensor, out.last_hidden_state)
 

@@ -104,6 +104,7 @@ class StackLayout:
     head: str
     block: BlockLayout
     pos_embed: str | None = None
+    direct: bool = False  # see FamilySpec
     embed_note: str = ""
 
 
