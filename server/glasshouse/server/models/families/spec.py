@@ -54,8 +54,8 @@ class FamilySpec:
 
     `base` maps token ids to the last hidden state after the final norm; `head` is the output embedding.
     `absent` maps a point's name without its layer prefix (``hook_resid_mid``) to why this architecture has
-    none. `direct`: the stack runs as embedding, rotary, blocks, norm, called one by one; the base module's own
-    forward prepares masks, caches and outputs that are not used here, some 0.2 ms a step on a CPU.
+    none. `direct`: the stack runs as embedding, rotary, blocks, norm, called one by one; the base module's
+    own forward prepares masks, caches and outputs that are not used here, some 0.2 ms a step on a CPU.
     """
 
     name: str
