@@ -1,0 +1,44 @@
+# Everything happens in .venv, inside the checkout.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo serve test bench lint proto install clean
+
+help: ## What there is to do
+	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+demo: $(READY) ## Serve the embedded model and take the tour through the real client
+	$(BIN)/python -m glasshouse.tour
+
+serve: $(READY) ## Serve the embedded model on localhost:50051
+	$(BIN)/glasshouse serve --metrics 127.0.0.1:9464
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+bench: $(READY) ## Measure the bars; results also in .bench/results.json
+	$(BIN)/python -m tests.bench
+
+lint: $(READY) ## Style, types, floors, drift of the generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python proto/generate.py --check
+
+proto: $(READY) ## Regenerate the stubs of glasshouse.v1
+	$(BIN)/python proto/generate.py
+
+install: $(READY) ## The environment alone
+
+$(READY): pyproject.toml deploy/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c deploy/constraints.txt
+	$(BIN)/python -m pip install --quiet -c deploy/constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c deploy/constraints.txt -e '.[dev]'
+	touch $@
+
+clean: ## Remove the environment and what was built
+	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache
