@@ -253,7 +253,8 @@ def _coefficient(add: interventions_pb2.AddVector) -> float:
 
 
 def _norm(rows: NDArray[np.float32]) -> NDArray[Any]:
-    return np.linalg.norm(rows, axis=-1, keepdims=True)
+    norms: NDArray[Any] = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return norms
 
 
 def _unit(vector: NDArray[Any]) -> NDArray[Any]:

@@ -1,0 +1,199 @@
+"""`glasshouse generate`: text as it comes, steered and read."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glasshouse.cli.arguments import ablation, lens, positions_option, steering
+from glasshouse.cli.options import (
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    ApiKey,
+    Json,
+    ModelName,
+    Target,
+    Timeout,
+    Tls,
+    TlsCa,
+    connect,
+)
+from glasshouse.cli.output import write_json
+
+if TYPE_CHECKING:
+    from glasshouse.client import GeneratedToken, GenerationStream
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens.")] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token.")
+    ] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", help="Keep the likeliest tokens of this probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", metavar="K", help="Keep this many tokens; 0 keeps all.")
+    ] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same tokens.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; repeatable.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the model's end of sequence.")
+    ] = False,
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--steer",
+            metavar="HOOK=FILE*COEF",
+            help="Add the vector of a .npy or .safetensors; repeatable.",
+        ),
+    ] = None,
+    ablate: Annotated[
+        list[str] | None,
+        typer.Option("--ablate", metavar="HOOK=FILE", help="Remove a direction, after steering; repeatable."),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            "--positions",
+            metavar="WHERE",
+            help="Where the edits apply: all, prompt, generated, last, 0,2,5 or 4:10; default all.",
+        ),
+    ] = None,
+    read: Annotated[
+        list[str] | None, typer.Option("--read", metavar="HOOK", help="Read activations; repeatable.")
+    ] = None,
+    logit_lens: Annotated[
+        list[str] | None,
+        typer.Option("--lens", metavar="HOOK[:K]", help="Read the logit lens, K tokens; repeatable."),
+    ] = None,
+    logprobs: Annotated[
+        int, typer.Option("--logprobs", metavar="K", help="Alternatives to show with each token.")
+    ] = 0,
+    model: ModelName = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    json: Json = False,
+) -> None:
+    """Generate text, streamed as it comes.
+
+    With --read, --lens or --logprobs: one line a token. With --json: one line an event, "prompt", "token" and
+    "finished".
+    """
+    where = positions_option(positions)
+    edits = [steering(each, where) for each in steer or ()] + [ablation(each, where) for each in ablate or ()]
+    lenses = [lens(each) for each in logit_lens or ()]
+
+    from glasshouse.client import read_activations
+
+    with (
+        connect(target, api_key, tls, tls_ca, timeout) as client,
+        client.model(model).generate(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            interventions=edits,
+            readouts=[*(read_activations(each) for each in read or ()), *lenses],
+        ) as stream,
+    ):
+        if json:
+            _write_events(stream)
+        elif read or logit_lens or logprobs:
+            _write_lines(stream)
+        else:
+            _write_text(stream)
+
+
+def _write_text(stream: GenerationStream) -> None:
+    written = 0
+    for token in stream:
+        sys.stdout.write(token.text)
+        sys.stdout.flush()
+        written += len(token.text)
+    sys.stdout.write(stream.text[written:] + "\n")
+    sys.stdout.flush()
+    if sys.stderr.isatty() and stream.usage is not None:
+        n_tokens, seconds = stream.usage.generated_tokens, stream.usage.total_seconds
+        summary = f"{n_tokens} tokens in {seconds:.2f} s, {stream.finish_reason}, seed {stream.seed}"
+        typer.secho(summary, dim=True, err=True)
+
+
+def _write_lines(stream: GenerationStream) -> None:
+    for token in stream:
+        parts = [str(token.position), repr(token.text), f"{token.logprob:.4f}"]
+        if token.top_logprobs is not None:
+            parts.append(_alternatives(token.top_logprobs))
+        parts += [f"{name}: {_alternatives(top)}" for name, top in token.logit_lens.items()]
+        parts += [f"|{name}| {_norm(array):.4g}" for name, array in token.activations.items()]
+        typer.echo("\t".join(parts))
+        sys.stdout.flush()
+
+
+def _write_events(stream: GenerationStream) -> None:
+    readouts = stream.prompt_readouts
+    write_json(
+        {
+            "event": "prompt",
+            "token_ids": stream.prompt,
+            "activations": {
+                name: {"positions": readouts.positions[name], "values": array.astype("float32")}
+                for name, array in readouts.items()
+            },
+            "logit_lens": {name: dataclasses.asdict(seen) for name, seen in readouts.logit_lens.items()},
+        }
+    )
+    for token in stream:
+        write_json({"event": "token"} | _token_fields(token))
+    usage = stream.usage
+    write_json(
+        {
+            "event": "finished",
+            "text": stream.text,
+            "finish_reason": stream.finish_reason,
+            "stop_string": stream.stop_string,
+            "usage": None if usage is None else dataclasses.asdict(usage),
+            "receipt": [dataclasses.asdict(entry) for entry in stream.receipt],
+            "seed": stream.seed,
+        }
+    )
+
+
+def _token_fields(token: GeneratedToken) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "position": token.position,
+        "token_id": token.token_id,
+        "text": token.text,
+        "logprob": token.logprob,
+    }
+    if token.top_logprobs is not None:
+        fields["top_logprobs"] = dataclasses.asdict(token.top_logprobs)
+    if token.activations:
+        fields["activations"] = {name: array.astype("float32") for name, array in token.activations.items()}
+    if token.logit_lens:
+        fields["logit_lens"] = {name: dataclasses.asdict(top) for name, top in token.logit_lens.items()}
+    return fields
+
+
+def _alternatives(top: Any) -> str:
+    return " ".join(f"{token!r} {logprob:.3f}" for token, logprob in zip(top.tokens, top.logprobs))
+
+
+def _norm(array: Any) -> float:
+    import numpy as np
+
+    return float(np.linalg.norm(array.astype(np.float32)))
