@@ -145,7 +145,9 @@ class RunningTopK:
         self.scores[rows] = all_scores.gather(1, best)
 
 
-def best_of_each_run(tiles: Iterable[Tile], n_rows: int, n_features: int, groups: int) -> tuple[Tensor, Tensor]:
+def best_of_each_run(
+    tiles: Iterable[Tile], n_rows: int, n_features: int, groups: int
+) -> tuple[Tensor, Tensor]:
     """Group-max: (ids, scores), each (N, groups): the strongest of each contiguous run, where positive."""
     run = n_features // groups
     ids: Tensor | None = None
@@ -165,7 +167,9 @@ def best_of_each_run(tiles: Iterable[Tile], n_rows: int, n_features: int, groups
     return ids, best
 
 
-def top_k(tiles: Iterable[Tile], n_rows: int, k: int, floor: float, by_magnitude: bool) -> tuple[Tensor, Tensor]:
+def top_k(
+    tiles: Iterable[Tile], n_rows: int, k: int, floor: float, by_magnitude: bool
+) -> tuple[Tensor, Tensor]:
     """(ids, scores), each (N, k): the k best of every row over all tiles, `NO_FEATURE` in empty slots."""
     table: RunningTopK | None = None
     for tile in tiles:
@@ -176,7 +180,9 @@ def top_k(tiles: Iterable[Tile], n_rows: int, k: int, floor: float, by_magnitude
     return table.ids, table.scores
 
 
-def select(tiles: Iterable[Tile], n_rows: int, n_features: int, selection: Selection) -> tuple[Tensor, Tensor]:
+def select(
+    tiles: Iterable[Tile], n_rows: int, n_features: int, selection: Selection
+) -> tuple[Tensor, Tensor]:
     """The survivors of a competing architecture: (ids, scores), each (N, number of survivors at most)."""
     if selection.groups:
         return best_of_each_run(tiles, n_rows, n_features, selection.groups)

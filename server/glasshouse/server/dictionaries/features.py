@@ -57,7 +57,9 @@ class SparseFeatures:
         return SparseFeatures(indptr=self.indptr, ids=self.ids, values=values, d_sae=self.d_sae)
 
     @staticmethod
-    def from_entries(rows: Tensor, ids: Tensor, values: Tensor, n_positions: int, d_sae: int) -> SparseFeatures:
+    def from_entries(
+        rows: Tensor, ids: Tensor, values: Tensor, n_positions: int, d_sae: int
+    ) -> SparseFeatures:
         """From unordered (row, id, value) entries; zero values are dropped."""
         keep = values != 0
         rows, ids, values = rows[keep].long(), ids[keep].long(), values[keep]

@@ -81,7 +81,11 @@ class LinearDictionary(Dictionary):
     def encode_top_k(self, x: Tensor, k: int) -> TopKFeatures:
         if k < 1:
             raise InvalidArgument(
-                f"k is {k}", reason=reasons.VALUE_OUT_OF_RANGE, field="top_k", value=k, remedy="Ask for at least 1."
+                f"k is {k}",
+                reason=reasons.VALUE_OUT_OF_RANGE,
+                field="top_k",
+                value=k,
+                remedy="Ask for at least 1.",
             )
         parts = [self._top_k_rows(rows, k) for rows in self._sites(x).split(ROWS_AT_A_TIME)]
         return TopKFeatures(

@@ -100,7 +100,9 @@ class ConstantNorm(Normalisation):
         return x * (math.sqrt(x.shape[-1]) / x.norm(dim=-1, keepdim=True))
 
     def way_back(self, x: Tensor) -> WayBack:
-        return WayBack(x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]), torch.zeros((), device=x.device))
+        return WayBack(
+            x.norm(dim=-1, keepdim=True) / math.sqrt(x.shape[-1]), torch.zeros((), device=x.device)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

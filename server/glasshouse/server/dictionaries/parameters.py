@@ -154,7 +154,8 @@ def malformed(path: str, message: str, remedy: str = "") -> FailedPrecondition:
         reason=reasons.DICTIONARY_MALFORMED,
         field="path",
         value=path,
-        remedy=remedy or "Check that the file is whole and in the format it claims; download or export it again.",
+        remedy=remedy
+        or "Check that the file is whole and in the format it claims; download or export it again.",
         metadata={"path": path},
     )
 
