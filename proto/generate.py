@@ -22,7 +22,25 @@ PACKAGE = Path("glasshouse/v1")
 def generate(destination: Path) -> list[Path]:
     """Writes the stubs of every proto under `destination`; returns their paths relative to it."""
     protos = sorted(str(path.relative_to(ROOT)) for path in (ROOT / PACKAGE).glob("*.proto"))
-    includes = [f"-I{ROOT}", f"-I{files(grpc_tools) / '_proto'}"]
+    with tempfile.TemporaryDirectory() as longrunning:
+        _put_operations(Path(longrunning))
+        return _compile(destination, protos, Path(longrunning))
+
+
+def _put_operations(folder: Path) -> None:
+    """Lays out google/longrunning/operations.proto under the name that the installed stubs know it by.
+
+    googleapis-common-protos ships the file as operations_proto.proto; stubs compiled against that name do not load.
+    """
+    source = Path(str(files("google.longrunning") / "operations_proto.proto"))
+    target = folder / "google/longrunning/operations.proto"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(source.read_bytes())
+
+
+def _compile(destination: Path, protos: list[str], longrunning: Path) -> list[Path]:
+    common = Path(str(files("google.longrunning"))).parent.parent
+    includes = [f"-I{ROOT}", f"-I{files(grpc_tools) / '_proto'}", f"-I{longrunning}", f"-I{common}"]
     scripts = Path(sys.executable).parent
     outputs = [
         f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
