@@ -10,6 +10,7 @@ import filecmp
 import sys
 import tempfile
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import grpc_tools
@@ -32,15 +33,21 @@ def _put_operations(folder: Path) -> None:
 
     googleapis-common-protos ships the file as operations_proto.proto; stubs compiled against that name do not load.
     """
-    source = Path(str(files("google.longrunning") / "operations_proto.proto"))
+    source = _common_protos() / "google/longrunning/operations_proto.proto"
     target = folder / "google/longrunning/operations.proto"
     target.parent.mkdir(parents=True)
     target.write_bytes(source.read_bytes())
 
 
+def _common_protos() -> Path:
+    """Where googleapis-common-protos is installed."""
+    spec = find_spec("google.longrunning")
+    assert spec is not None and spec.submodule_search_locations, "googleapis-common-protos is not installed"
+    return Path(next(iter(spec.submodule_search_locations))).parent.parent
+
+
 def _compile(destination: Path, protos: list[str], longrunning: Path) -> list[Path]:
-    common = Path(str(files("google.longrunning"))).parent.parent
-    includes = [f"-I{ROOT}", f"-I{files(grpc_tools) / '_proto'}", f"-I{longrunning}", f"-I{common}"]
+    includes = [f"-I{ROOT}", f"-I{files(grpc_tools) / '_proto'}", f"-I{longrunning}", f"-I{_common_protos()}"]
     scripts = Path(sys.executable).parent
     outputs = [
         f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",

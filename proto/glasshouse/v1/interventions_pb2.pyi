@@ -61,6 +61,8 @@ class Intervention(_message.Message):
     CAP_PROJECTION_FIELD_NUMBER: _builtins.int
     ROTATE_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    SET_FEATURES_FIELD_NUMBER: _builtins.int
+    SCALE_FEATURES_FIELD_NUMBER: _builtins.int
     hook_point: _builtins.str
     """A writable hook point: a canonical name such as `blocks.3.hook_resid_post`, or its module path. Required, but
     for edits whose dictionary names it.
@@ -91,6 +93,14 @@ class Intervention(_message.Message):
     def replace(self) -> Global___ReplaceActivations:
         """s replaced."""
 
+    @_builtins.property
+    def set_features(self) -> Global___SetFeatures:
+        """Features of a dictionary set to values. `hook_point` stays empty: the dictionary names it."""
+
+    @_builtins.property
+    def scale_features(self) -> Global___ScaleFeatures:
+        """Features of a dictionary multiplied. `hook_point` stays empty: the dictionary names it."""
+
     def __init__(
         self,
         *,
@@ -102,12 +112,14 @@ class Intervention(_message.Message):
         cap_projection: Global___CapProjection | None = ...,
         rotate: Global___RotateActivation | None = ...,
         replace: Global___ReplaceActivations | None = ...,
+        set_features: Global___SetFeatures | None = ...,
+        scale_features: Global___ScaleFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "edit", b"edit", "positions", b"positions", "replace", b"replace", "rotate", b"rotate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "edit", b"edit", "positions", b"positions", "replace", b"replace", "rotate", b"rotate", "scale_features", b"scale_features", "set_features", b"set_features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "edit", b"edit", "hook_point", b"hook_point", "positions", b"positions", "preserve_norm", b"preserve_norm", "replace", b"replace", "rotate", b"rotate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "edit", b"edit", "hook_point", b"hook_point", "positions", b"positions", "preserve_norm", b"preserve_norm", "replace", b"replace", "rotate", b"rotate", "scale_features", b"scale_features", "set_features", b"set_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_edit: _TypeAlias = _typing.Literal["add_vector", "ablate_direction", "cap_projection", "rotate", "replace"]  # noqa: Y015
+    _WhichOneofReturnType_edit: _TypeAlias = _typing.Literal["add_vector", "ablate_direction", "cap_projection", "rotate", "replace", "set_features", "scale_features"]  # noqa: Y015
     _WhichOneofArgType_edit: _TypeAlias = _typing.Literal["edit", b"edit"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_edit) -> _WhichOneofReturnType_edit | None: ...
 
@@ -271,6 +283,76 @@ class ReplaceActivations(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplaceActivations: _TypeAlias = ReplaceActivations  # noqa: Y015
+
+@_typing.final
+class SetFeatures(_message.Message):
+    """s <- s + sum_i (value_i - f_i(x)) d_i: features set, everything the dictionary does not explain kept. x is read at the
+    dictionary's input hook points, d_i is written at its output hook points (the same one, for an SAE).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DICTIONARY_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    dictionary: _builtins.str
+    """Format: `models/{model}/dictionaries/{dictionary}`, or `{dictionary}` alone. Required."""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Features, each once, each in [0, d_sae). At least one. Limit: 4,096."""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their values, finite: one each, or one for all. 0 ablates."""
+
+    def __init__(
+        self,
+        *,
+        dictionary: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "features", b"features", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetFeatures: _TypeAlias = SetFeatures  # noqa: Y015
+
+@_typing.final
+class ScaleFeatures(_message.Message):
+    """s <- s + sum_i (factor_i - 1) f_i(x) d_i."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DICTIONARY_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    FACTORS_FIELD_NUMBER: _builtins.int
+    dictionary: _builtins.str
+    """Format: `models/{model}/dictionaries/{dictionary}`, or `{dictionary}` alone. Required."""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Features, each once, each in [0, d_sae). At least one. Limit: 4,096."""
+
+    @_builtins.property
+    def factors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their factors, finite: one each, or one for all. 0 ablates."""
+
+    def __init__(
+        self,
+        *,
+        dictionary: _builtins.str = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+        factors: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "factors", b"factors", "features", b"features"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleFeatures: _TypeAlias = ScaleFeatures  # noqa: Y015
 
 @_typing.final
 class InterventionReceipt(_message.Message):

@@ -29,6 +29,7 @@ class Readout(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def positions(self) -> _inputs_pb2.PositionSelector:
         """Where. Default: every position."""
@@ -41,18 +42,23 @@ class Readout(_message.Message):
     def logit_lens(self) -> Global___ReadLogitLens:
         """The residual stream read as a next-token distribution."""
 
+    @_builtins.property
+    def features(self) -> Global___ReadFeatures:
+        """Features of a dictionary."""
+
     def __init__(
         self,
         *,
         positions: _inputs_pb2.PositionSelector | None = ...,
         activations: Global___ReadActivations | None = ...,
         logit_lens: Global___ReadLogitLens | None = ...,
+        features: Global___ReadFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "logit_lens", b"logit_lens", "positions", b"positions", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "logit_lens", b"logit_lens", "positions", b"positions", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["activations", "logit_lens"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["activations", "logit_lens", "features"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 
@@ -113,6 +119,108 @@ class ReadLogitLens(_message.Message):
 Global___ReadLogitLens: _TypeAlias = ReadLogitLens  # noqa: Y015
 
 @_typing.final
+class ReadFeatures(_message.Message):
+    """Features of a dictionary on the activations at its input hook points."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DICTIONARY_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    dictionary: _builtins.str
+    """Format: `models/{model}/dictionaries/{dictionary}`, or `{dictionary}` alone. Required."""
+    top_k: _builtins.int
+    """The strongest features per position. Default: 8 where `features` is empty, else 0. Limit: 1,024."""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """These features at every position, zeros included. Each once, each in [0, d_sae). Not together with top_k."""
+
+    def __init__(
+        self,
+        *,
+        dictionary: _builtins.str = ...,
+        top_k: _builtins.int | None = ...,
+        features: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "top_k", b"top_k"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_k", b"_top_k", "dictionary", b"dictionary", "features", b"features", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
+    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
+
+Global___ReadFeatures: _TypeAlias = ReadFeatures  # noqa: Y015
+
+@_typing.final
+class FeatureActivations(_message.Message):
+    """Feature activations at one position: the strongest first, or in the order asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_IDS_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def feature_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Feature indices."""
+
+    @_builtins.property
+    def activations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their activations."""
+
+    def __init__(
+        self,
+        *,
+        feature_ids: _abc.Iterable[_builtins.int] | None = ...,
+        activations: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "feature_ids", b"feature_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureActivations: _TypeAlias = FeatureActivations  # noqa: Y015
+
+@_typing.final
+class FeatureRows(_message.Message):
+    """Feature activations of several positions, as compressed sparse rows: position p has the entries indptr[p] to
+    indptr[p + 1].
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDPTR_FIELD_NUMBER: _builtins.int
+    FEATURE_IDS_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def indptr(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Length n_positions + 1, from 0."""
+
+    @_builtins.property
+    def feature_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Feature indices, ascending within a position unless a top_k or an order was asked for."""
+
+    @_builtins.property
+    def activations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their activations."""
+
+    def __init__(
+        self,
+        *,
+        indptr: _abc.Iterable[_builtins.int] | None = ...,
+        feature_ids: _abc.Iterable[_builtins.int] | None = ...,
+        activations: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "feature_ids", b"feature_ids", "indptr", b"indptr"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FeatureRows: _TypeAlias = FeatureRows  # noqa: Y015
+
+@_typing.final
 class ReadoutValue(_message.Message):
     """What one readout saw at one position."""
 
@@ -121,6 +229,7 @@ class ReadoutValue(_message.Message):
     READOUT_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     readout: _builtins.int
     """Index in the request's `readouts`."""
     @_builtins.property
@@ -131,18 +240,23 @@ class ReadoutValue(_message.Message):
     def logit_lens(self) -> Global___TopTokens:
         """Top tokens."""
 
+    @_builtins.property
+    def features(self) -> Global___FeatureActivations:
+        """Features."""
+
     def __init__(
         self,
         *,
         readout: _builtins.int = ...,
         activations: _tensors_pb2.Tensor | None = ...,
         logit_lens: Global___TopTokens | None = ...,
+        features: Global___FeatureActivations | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "logit_lens", b"logit_lens", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "logit_lens", b"logit_lens", "readout", b"readout", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "readout", b"readout", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens"]  # noqa: Y015
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens", "features"]  # noqa: Y015
     _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
 
@@ -158,6 +272,7 @@ class PromptReadout(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
     readout: _builtins.int
     """Index in the request's `readouts`."""
     @_builtins.property
@@ -172,6 +287,10 @@ class PromptReadout(_message.Message):
     def logit_lens(self) -> Global___TopTokensByPosition:
         """One entry a position."""
 
+    @_builtins.property
+    def features(self) -> Global___FeatureRows:
+        """Features of the positions in this piece; later pieces go on where it ends."""
+
     def __init__(
         self,
         *,
@@ -179,12 +298,13 @@ class PromptReadout(_message.Message):
         positions: _abc.Iterable[_builtins.int] | None = ...,
         activations: _tensors_pb2.TensorChunk | None = ...,
         logit_lens: Global___TopTokensByPosition | None = ...,
+        features: Global___FeatureRows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "logit_lens", b"logit_lens", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "logit_lens", b"logit_lens", "positions", b"positions", "readout", b"readout", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "readout", b"readout", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens"]  # noqa: Y015
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens", "features"]  # noqa: Y015
     _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
 
