@@ -52,6 +52,8 @@ _AUTHORIZATION_KEY = "authorization"
 # How long a caller is told to wait before it tries again.
 _RETRY_BUSY_S = 0.5
 _RETRY_DRAINING_S = 2.0
+# What two readings of the clock may be apart.
+_CLOCK_S = 0.01
 
 
 class Gate:
@@ -114,8 +116,7 @@ class Gate:
                 self._admit(method, request)
                 result = await work(request, call, context)
         except asyncio.CancelledError:
-            past = (context.time_remaining() or 1.0) <= 0
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if past else grpc.StatusCode.CANCELLED
+            code = _code_of_cancellation(context)
             raise
         except ServingError as error:
             failure = error
@@ -235,6 +236,13 @@ def _request_id(given: str | None) -> str:
     if given is not None and _REQUEST_ID.fullmatch(given):
         return given
     return uuid.uuid4().hex
+
+
+def _code_of_cancellation(context: Context) -> grpc.StatusCode:
+    """grpc cancels a call's task when its caller leaves and when its caller's deadline passes."""
+    remaining: float | None = context.time_remaining()
+    past = remaining is not None and remaining < _CLOCK_S
+    return grpc.StatusCode.DEADLINE_EXCEEDED if past else grpc.StatusCode.CANCELLED
 
 
 def _deadline(limit_s: float) -> DeadlineExceeded:
