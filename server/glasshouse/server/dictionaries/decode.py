@@ -18,7 +18,9 @@ GATHER_BYTES = 64 << 20
 
 
 def weighted_rows(indptr: Tensor, ids: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
-    """(N, E) float32: row n is the sum of values[i] * W_dec[ids[i]] over its entries; W_dec (F, E), any strides."""
+    """(N, E) float32: row n is the sum of values[i] * W_dec[ids[i]] over its entries; W_dec (F, E), any
+    strides.
+    """
     n_rows = indptr.numel() - 1
     if n_rows == 0 or ids.numel() == 0:
         return torch.zeros(n_rows, W_dec.shape[1], device=values.device)
@@ -35,7 +37,7 @@ def weighted_rows(indptr: Tensor, ids: Tensor, values: Tensor, W_dec: Tensor) ->
         while last < n_rows and bounds[last + 1] - bounds[first] <= most:
             last += 1
         start, stop = bounds[first], bounds[last]
-        distinct, inverse = ids[start:stop].long().unique(return_inverse=True)
+        distinct, inverse = torch.unique(ids[start:stop].long(), return_inverse=True)
         parts.append(
             embedding_bag(
                 inverse,

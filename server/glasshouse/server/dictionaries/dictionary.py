@@ -2,16 +2,16 @@
 
 Shapes. N positions, D = d_in, E = d_out, F = d_sae, S = number of hook points read, M = number written.
 
-- A dictionary that reads one hook point takes x as (N, D); one that reads several takes x as (N, S, D), stacked
-  in the order of `facts.hook_points_in`. The same holds on the way out: (N, E) when it writes one hook point,
-  (N, M, E) in the order of `facts.hook_points_out` when it writes several.
+- A dictionary that reads one hook point takes x as (N, D); one that reads several takes x as (N, S, D),
+  stacked in the order of `facts.hook_points_in`. The same holds on the way out: (N, E) when it writes one
+  hook point, (N, M, E) in the order of `facts.hook_points_out` when it writes several.
 - Features have one flat index 0..F-1 whatever the architecture. Where they come in groups (a cross-layer
   transcoder's source layers, a crosscoder's heads), `facts.group_sizes` gives the sizes in order and
   `flat_id(group, i)` the index.
 
 Arithmetic is accumulated in float32 whatever the stored dtype. Where x and the weights are both bfloat16 the
-encoder's product itself runs in bfloat16 (its kernel accumulates in float32, its output is rounded to bfloat16);
-every other pair of dtypes is multiplied in float32.
+encoder's product itself runs in bfloat16 (its kernel accumulates in float32, its output is rounded to
+bfloat16); every other pair of dtypes is multiplied in float32.
 """
 
 from __future__ import annotations
@@ -135,15 +135,16 @@ class Dictionary(ABC):
         if target is None:
             if self.facts.kind in ("transcoder", "cross_layer_transcoder"):
                 raise InvalidArgument(
-                    f"dictionary {self.facts.name!r} is a {self.facts.kind}: its error needs the activations at "
-                    f"{', '.join(self.facts.hook_points_out)}",
+                    f"dictionary {self.facts.name!r} is a {self.facts.kind}: its error needs the "
+                    f"activations at {', '.join(self.facts.hook_points_out)}",
                     reason=reasons.FIELD_REQUIRED,
                     field="target",
                     remedy="Capture the output hook points too and pass them as the target.",
                 )
             target = x
         with torch.no_grad():
-            return target.float() - self.reconstruct(x)
+            missed: Tensor = target.float() - self.reconstruct(x)
+        return missed
 
     def steering_delta(self, x: Tensor, feature_ids: Tensor, deltas: Tensor) -> Tensor:
         """What changing features by `deltas` (N, len) adds to the output: (N, E) or (N, M, E) float32.
@@ -151,7 +152,7 @@ class Dictionary(ABC):
         The error term is untouched: output + this keeps everything the dictionary does not explain.
         """
         rows = self.decoder_rows(feature_ids)
-        moved = torch.tensordot(deltas.float(), rows, dims=1)
+        moved: Tensor = torch.tensordot(deltas.float(), rows, dims=1)
         return moved * self.output_scale(x)
 
     def check_feature_ids(self, feature_ids: Tensor, field: str = "feature_ids") -> None:

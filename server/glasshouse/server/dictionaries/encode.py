@@ -10,8 +10,9 @@
    compaction into CSR.
 
 Ties. A score equal to a row's k-th best loses to the one already in the table, so between tiles the lower
-feature id wins; inside one tile the choice is torch.topk's. A bfloat16 product is rounded to bfloat16 before the
-comparison, so ties are common there, and which of them survives is as arbitrary as in the owner libraries.
+feature id wins; inside one tile the choice is torch.topk's. A bfloat16 product is rounded to bfloat16 before
+the comparison, so ties are common there, and which of them survives is as arbitrary as in the owner
+libraries.
 
 Top-k background: https://arxiv.org/abs/2406.04093. The peers materialise the whole matrix (section 9 of the
 formats' reference); this does not.
@@ -55,7 +56,8 @@ def products(
 ) -> Iterator[tuple[int, Tensor]]:
     """(start, x @ W_enc[:, start:start+T]) over all tiles: x (N, D), W_enc (D, F) of any strides.
 
-    One buffer serves all the tiles. `convert` widens a tile of the weights where their dtype differs from x's.
+    One buffer serves all the tiles. `convert` widens a tile of the weights where their dtype differs from
+    x's.
     """
     n_rows, n_features = x.shape[0], W_enc.shape[1]
     width = tile_width(n_rows, n_features)

@@ -1,8 +1,8 @@
 """What an encode returns: the features that fired, position by position.
 
 Two layouts of the same thing. `SparseFeatures` is a CSR matrix by position (every feature that fired);
-`TopKFeatures` is a padded table (the k strongest). A feature *fires* when its value is not zero: absolute TopK
-features fire with negative values.
+`TopKFeatures` is a padded table (the k strongest). A feature *fires* when its value is not zero: absolute
+TopK features fire with negative values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The hub id form of a dictionary's path: `hf:org/repo/sub/folder[@revision]`.
 
-Only the named folder is fetched, and never a pickle where it holds safetensors. huggingface_hub comes with the
-server's extra; without a network the refusal says so.
+Only the named folder is fetched, and never a pickle where it holds safetensors. huggingface_hub comes with
+the server's extra; without a network the refusal says so.
 """
 
 from __future__ import annotations

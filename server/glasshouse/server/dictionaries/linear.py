@@ -1,4 +1,5 @@
-"""`LinearDictionary`: every architecture of the field is an affine encode, a nonlinearity and an affine decode.
+"""`LinearDictionary`: every architecture of the field is an affine encode, a nonlinearity and an affine
+decode.
 
 1. x~ = normalise(x) - b_in
 2. h = x~ W_enc + b_enc, per encoder block; times c, where a decoder-norm scale c applies
@@ -59,12 +60,13 @@ class LinearDictionary(Dictionary):
         )
         self._offsets = (0, *itertools.accumulate(p.group_sizes))
 
-    # ---- encode ----------------------------------------------------------------------------------------------
+    # ---- encode
+    # ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseFeatures:
         sites = self._sites(x)
-        parts = [self._encode_rows(rows) for rows in sites.split(ROWS_AT_A_TIME)]
+        parts = [self._encode_rows(rows) for rows in torch.split(sites, ROWS_AT_A_TIME)]
         return tiled.concatenate(parts)
 
     def _encode_rows(self, sites: Tensor) -> SparseFeatures:
@@ -87,7 +89,7 @@ class LinearDictionary(Dictionary):
                 value=k,
                 remedy="Ask for at least 1.",
             )
-        parts = [self._top_k_rows(rows, k) for rows in self._sites(x).split(ROWS_AT_A_TIME)]
+        parts = [self._top_k_rows(rows, k) for rows in torch.split(self._sites(x), ROWS_AT_A_TIME)]
         return TopKFeatures(
             ids=torch.cat([p.ids for p in parts]),
             values=torch.cat([p.values for p in parts]),
@@ -219,7 +221,8 @@ class LinearDictionary(Dictionary):
             values = values.masked_fill((ids == NO_FEATURE).expand_as(values), 0.0)
         return values
 
-    # ---- decode ----------------------------------------------------------------------------------------------
+    # ---- decode
+    # ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(self, features: SparseFeatures, x: Tensor | None = None) -> Tensor:
@@ -308,10 +311,11 @@ class LinearDictionary(Dictionary):
             scale = scale * self.parameters.normalisation.way_back(sites).scale
         return scale.squeeze(1) if n_out == 1 else scale
 
-    # ---- whole-file facts, lazily ----------------------------------------------------------------------------
+    # ---- whole-file facts, lazily
+    # ----------------------------------------------------------------------------
 
     @cached_property
-    def decoder_norms(self) -> Tensor:  # type: ignore[override]
+    def decoder_norms(self) -> Tensor:
         return self._norms(l2=1.0, total=0.0)
 
     @cached_property
@@ -336,7 +340,7 @@ class LinearDictionary(Dictionary):
     @torch.no_grad()
     def first_not_finite(self) -> str:
         for name, tensor in self.parameters.named_tensors():
-            chunks = tensor.split(NORM_ROWS) if tensor.ndim else (tensor,)
+            chunks = torch.split(tensor, NORM_ROWS) if tensor.ndim else (tensor,)
             if not all(bool(chunk.isfinite().all()) for chunk in chunks):
                 return name
         return ""

@@ -4,14 +4,16 @@ Each object maps x (N, S, D) to normalised units and knows the affine map back, 
 A *fixed* normalisation has one such map for the whole dictionary; a *run-time* one computes it from each x.
 
 - `Identity`        x
-- `FixedScale`      x * s_in, y / s_out: one factor a hook point (a data set's average norm that was not folded
+- `FixedScale`      x * s_in, y / s_out: one factor a hook point (a data set's average norm that was not
+  folded
                     into the weights)
 - `ConstantNorm`    x * sqrt(D) / ||x|| per position
 - `LayerNorm`       (x - mean) / (std + 1e-5), std unbiased; back with std and mean, WITHOUT the 1e-5
 - `Standardise`     (x - mean) * scale, back y / (scale + 1e-8) + mean
 - `InputOnly`       wraps another: normalised on the way in, never undone (run-time normalised transcoders)
 
-Sources: SAELens `saes/sae.py`, OpenAI's `sparse_autoencoder/model.py`, science-of-finetuning's `dictionary.py`.
+Sources: SAELens `saes/sae.py`, OpenAI's `sparse_autoencoder/model.py`, science-of-finetuning's
+`dictionary.py`.
 """
 
 from __future__ import annotations
@@ -97,7 +99,8 @@ class ConstantNorm(Normalisation):
     name: str = "constant_norm_rescale"
 
     def enter(self, x: Tensor) -> Tensor:
-        return x * (math.sqrt(x.shape[-1]) / x.norm(dim=-1, keepdim=True))
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * (math.sqrt(x.shape[-1]) / norm)
 
     def way_back(self, x: Tensor) -> WayBack:
         return WayBack(
@@ -111,7 +114,8 @@ class LayerNorm(Normalisation):
 
     def enter(self, x: Tensor) -> Tensor:
         centred = x - x.mean(dim=-1, keepdim=True)
-        return centred / (centred.std(dim=-1, keepdim=True) + LAYER_NORM_EPS)
+        normalised: Tensor = centred / (centred.std(dim=-1, keepdim=True) + LAYER_NORM_EPS)
+        return normalised
 
     def way_back(self, x: Tensor) -> WayBack:
         return WayBack(x.std(dim=-1, keepdim=True), x.mean(dim=-1, keepdim=True))

@@ -1,8 +1,8 @@
 """Opening a dictionary: NAME=PATH, the format found by looking at the files.
 
-PATH is a folder, a single weight file, or a hub id (`hf:org/repo/sub/folder[@revision]`), and may end in settings
-the files leave out: `PATH?hook_point=blocks.3.hook_resid_post&k=50&average_norm=27.3`. The same settings can stand in
-a `glasshouse.json` beside the weights; the path wins.
+PATH is a folder, a single weight file, or a hub id (`hf:org/repo/sub/folder[@revision]`), and may end in
+settings the files leave out: `PATH?hook_point=blocks.3.hook_resid_post&k=50&average_norm=27.3`. The same
+settings can stand in a `glasshouse.json` beside the weights; the path wins.
 
 A path that holds a set (a transcoder a layer, an SAE a layer) opens as several dictionaries, named NAME/0,
 NAME/1 and so on: `open_dictionaries`. A cross-layer transcoder or a crosscoder is one dictionary.

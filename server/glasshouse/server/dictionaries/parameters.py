@@ -1,10 +1,11 @@
 """The parts a dictionary is made of, whatever file they came from.
 
-Every format's loader ends in one `DictionaryParameters`; `glasshouse.server.dictionaries.linear` computes with it.
-Weights are views of the mapped files in their stored dtype: a layout on disk that is transposed against ours is a
-strided view here, never a copy.
+Every format's loader ends in one `DictionaryParameters`; `glasshouse.server.dictionaries.linear` computes
+with it. Weights are views of the mapped files in their stored dtype: a layout on disk that is transposed
+against ours is a strided view here, never a copy.
 
-A feature belongs to a *group*. An ordinary SAE has one group. A cross-layer transcoder has one a source layer.
+A feature belongs to a *group*. An ordinary SAE has one group. A cross-layer transcoder has one a source
+layer.
 
 - `EncoderBlock`  makes the pre-activations of one group, or of `repeats` groups that share one product
 - `DecoderBlock`  what the features of one group write at one hook point
@@ -58,11 +59,13 @@ class Skip:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderScale:
-    """Pre-activations are multiplied by c = l2 * ||all a feature writes|| + total * (sum of its norms per site).
+    """Pre-activations are multiplied by c = l2 * ||all a feature writes|| + total * (sum of its norms per
+    site).
 
     keep: values stay multiplied and the decoder divides by c (SAELens' rescale_acts_by_decoder_norm, and the
-    decoder folding of dictionary_learning's AutoEncoder); otherwise values are divided by c again and only the
-    selection sees it (lm-saes' sparsity_include_decoder_norm, science-of-finetuning's code normalisation).
+    decoder folding of dictionary_learning's AutoEncoder); otherwise values are divided by c again and only
+    the selection sees it (lm-saes' sparsity_include_decoder_norm, science-of-finetuning's code
+    normalisation).
     """
 
     keep: bool

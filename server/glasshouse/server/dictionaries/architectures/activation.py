@@ -1,7 +1,7 @@
 """What every architecture answers: which pre-activations become features, and with what score.
 
-An encoder makes pre-activations h = x W_enc + b_enc, one tile of features at a time; a decoder-norm scale, where
-the dictionary has one, multiplies them. The architecture turns a tile into *scores*:
+An encoder makes pre-activations h = x W_enc + b_enc, one tile of features at a time; a decoder-norm scale,
+where the dictionary has one, multiplies them. The architecture turns a tile into *scores*:
 
 - elementwise (ReLU, gated, JumpReLU, BatchTopK at inference): a score is the feature's value, 0 where silent,
   and depends on nothing else at the position;

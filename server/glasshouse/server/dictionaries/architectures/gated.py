@@ -14,7 +14,9 @@ from glasshouse.server.dictionaries.architectures.activation import Activation, 
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(Activation):
-    """b_gate, b_mag, r_mag: (F,) float32. With a decoder-norm scale n, z arrives as z*n; pass biases times n."""
+    """b_gate, b_mag, r_mag: (F,) float32. With a decoder-norm scale n, z arrives as z*n; pass biases times
+    n.
+    """
 
     b_gate: Tensor
     b_mag: Tensor

@@ -1,7 +1,7 @@
 """JumpReLU: f = ReLU(h) * 1[h > threshold], strictly; and BatchTopK / Matryoshka, which are one at inference.
 
-JumpReLU: https://arxiv.org/abs/2407.14435. BatchTopK is trained with the k * N strongest of a batch and served
-with one threshold estimated from training, so that a position never depends on its batch:
+JumpReLU: https://arxiv.org/abs/2407.14435. BatchTopK is trained with the k * N strongest of a batch and
+served with one threshold estimated from training, so that a position never depends on its batch:
 https://arxiv.org/abs/2412.06410. A threshold of -1 was never estimated, and then everything positive fires.
 """
 

@@ -1,7 +1,7 @@
 """Standard: f = ReLU(h).
 
-With or without the decoder bias subtracted from the input, with a tied or free encoder: those are parameters of
-the dictionary, not of the nonlinearity. https://transformer-circuits.pub/2023/monosemantic-features
+With or without the decoder bias subtracted from the input, with a tied or free encoder: those are parameters
+of the dictionary, not of the nonlinearity. https://transformer-circuits.pub/2023/monosemantic-features
 """
 
 from __future__ import annotations

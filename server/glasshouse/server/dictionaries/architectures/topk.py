@@ -1,8 +1,9 @@
 """TopK: the k strongest pre-activations of a position survive.
 
 Peers apply the ReLU after the selection (SAELens, OpenAI) or before it (sparsify, dictionary_learning): the
-features that fire and their values are the same, only the ids of empty slots differ, and here an empty slot has
-no id. Without any ReLU (circuit-tracer, Qwen-Scope) the survivors may be negative. https://arxiv.org/abs/2406.04093
+features that fire and their values are the same, only the ids of empty slots differ, and here an empty slot
+has no id. Without any ReLU (circuit-tracer, Qwen-Scope) the survivors may be negative.
+https://arxiv.org/abs/2406.04093
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from glasshouse.server.dictionaries.architectures.activation import Activation, 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Activation):
-    """keep: how many survive; relu: whether survivors must be positive; per_group: one competition a group."""
+    """keep: how many survive; relu: whether survivors must be positive; per_group: one competition a
+    group.
+    """
 
     keep: int
     relu: bool = True

@@ -1,4 +1,6 @@
-"""One file per format on disk. `FORMATS` is in the order in which they are tried: the most telling names first."""
+"""One file per format on disk. `FORMATS` is in the order in which they are tried: the most telling names
+first.
+"""
 
 from glasshouse.server.dictionaries.formats import (
     bussmann,

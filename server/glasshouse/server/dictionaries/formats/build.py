@@ -70,7 +70,9 @@ def cross_layer(
     model_name: str = "",
     notes: tuple[str, ...] = (),
 ) -> DictionaryParameters:
-    """One encoder a layer (each (D, F_l) logical), features grouped by source layer; b_enc (sum F_l,), b_dec (M, E)."""
+    """One encoder a layer (each (D, F_l) logical), features grouped by source layer; b_enc (sum F_l,), b_dec
+    (M, E).
+    """
     blocks = tuple(EncoderBlock(W_enc=W_enc, sites=(layer,)) for layer, W_enc in enumerate(encoders))
     return DictionaryParameters(
         kind=kind,
@@ -108,8 +110,8 @@ def crosscoder(
     """A summed encoder W_enc (S * D, F) and one decoder (F, D) a site.
 
     Across layers or across two models alike: a site is a hook point of whichever model. With `per_site` every
-    feature is gated once a site (its own scale, its own value): group s holds the features as site s sees them
-    and writes only there, and b_enc is (S * F,).
+    feature is gated once a site (its own scale, its own value): group s holds the features as site s sees
+    them and writes only there, and b_enc is (S * F,).
     """
     n_sites = len(hook_points)
     sites = tuple(range(n_sites))

@@ -1,12 +1,13 @@
 """circuit-tracer: per-layer transcoder sets and cross-layer transcoders, `config.yaml` beside safetensors.
 
-Set: `layer_i.safetensors` with W_enc (F, D), W_dec (F, D), b_enc, b_dec, perhaps `activation_function.threshold` (then
-JumpReLU, else ReLU; `activation: topk` with `k` in the config overrides, and that TopK has no ReLU) and perhaps
+Set: `layer_i.safetensors` with W_enc (F, D), W_dec (F, D), b_enc, b_dec, perhaps
+`activation_function.threshold` (then JumpReLU, else ReLU; `activation: topk` with `k` in the config
+overrides, and that TopK has no ReLU) and perhaps
 W_skip: y += x @ W_skip^T. One dictionary a layer, named NAME/i.
 
-CLT: `W_enc_i.safetensors` {W_enc_i (F, D), b_enc_i, b_dec_i, threshold_i?, W_skip_i?} and `W_dec_i.safetensors`
-{W_dec_i (F, L - i, D)} whose slot j writes layer i + j. b_dec is indexed by the layer written and added once; the
-skip is y += x @ W_skip, NOT transposed here.
+CLT: `W_enc_i.safetensors` {W_enc_i (F, D), b_enc_i, b_dec_i, threshold_i?, W_skip_i?} and
+`W_dec_i.safetensors` {W_dec_i (F, L - i, D)} whose slot j writes layer i + j. b_dec is indexed by the layer
+written and added once; the skip is y += x @ W_skip, NOT transposed here.
 
 Source: circuit_tracer/transcoder/{single_layer,cross_layer}_transcoder.py.
 """

@@ -2,7 +2,7 @@
 
 | dict_class | stored | subtracts its bias from x |
 |---|---|---|
-| AutoEncoder | bias, encoder.{weight (F, D), bias}, decoder.weight (D, F) | yes; decoder folded to unit norm |
+| AutoEncoder | bias, encoder.{weight (F, D), bias}, decoder.weight (D, F) | yes; decoder made unit norm |
 | AutoEncoderNew | encoder.*, decoder.{weight, bias} | no |
 | GatedAutoEncoder | decoder_bias, encoder.weight, r_mag, gate_bias, mag_bias, decoder.weight | yes |
 | JumpReluAutoEncoder | W_enc (D, F), b_enc, W_dec (F, D), b_dec, threshold | no |

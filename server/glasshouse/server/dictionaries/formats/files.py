@@ -1,11 +1,11 @@
 """What a loader sees of a path: a listing, JSON configs and tensors, each failure named.
 
 Nothing here executes what it reads. safetensors files are memory-mapped; `.pt` files are unpickled with
-`weights_only=True` (a file that needs more is refused), mapped where they are zip archives; `.npz` members that
-are stored uncompressed are mapped, compressed ones are inflated into memory.
+`weights_only=True` (a file that needs more is refused), mapped where they are zip archives; `.npz` members
+that are stored uncompressed are mapped, compressed ones are inflated into memory.
 
-Every refusal is FAILED_PRECONDITION / DICTIONARY_MALFORMED naming the file, the tensor, what was expected, what was
-found and the remedy.
+Every refusal is FAILED_PRECONDITION / DICTIONARY_MALFORMED naming the file, the tensor, what was expected,
+what was found and the remedy.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ SAMPLED_ROWS = 64
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 PICKLE_REMEDY = (
-    "Only plain tensors are read from pickle files, nothing in them is executed. Convert the file to safetensors "
-    "where you trust it."
+    "Only plain tensors are read from pickle files, nothing in them is executed. Convert the file to "
+    "safetensors where you trust it."
 )
 
 

@@ -2,8 +2,9 @@
 
 A loader returns one `Loaded` a dictionary: most folders hold one, a transcoder set one a layer.
 
-`Overrides` are what a file cannot say and the operator may: hook points of bare weight files, k, the data set's
-average norm. They come from a `glasshouse.json` beside the weights or from the caller, the caller winning.
+`Overrides` are what a file cannot say and the operator may: hook points of bare weight files, k, the data
+set's average norm. They come from a `glasshouse.json` beside the weights or from the caller, the caller
+winning.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ N = TypeVar("N", int, float, str)
 
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
-    """hook_points_in, hook_points_out: names in order. average_norm: mean ||x|| of the training data, one a site."""
+    """hook_points_in, hook_points_out: names in order. average_norm: mean ||x|| of the training data, one a
+    site.
+    """
 
     hook_points_in: tuple[str, ...] = ()
     hook_points_out: tuple[str, ...] = ()
@@ -107,7 +110,8 @@ def need_hook_point(source: Source, overrides: Overrides, found: str = "") -> tu
     raise malformed(
         str(source),
         "the files do not say which hook point the dictionary reads",
-        f"Name it: PATH?hook_point=blocks.3.hook_resid_post, or {{'hook_point': ...}} in {OVERRIDES_FILE} beside it.",
+        f"Name it: PATH?hook_point=blocks.3.hook_resid_post, or 'hook_point' in a "
+        f"{OVERRIDES_FILE} beside it.",
     )
 
 

@@ -1,10 +1,10 @@
 """Gemma Scope 2, one site: SAEs and per-layer transcoders.
 
-`{resid_post,attn_out,mlp_out,transcoder}[_all]/layer_N_width_W_l0_S[_affine]/{config.json,params.safetensors}` with
-w_enc (D, F), w_dec (F, E), b_enc, b_dec, threshold and for affine transcoders affine_skip_connection (D, E),
-y += x @ A. JumpReLU, no decoder bias subtracted. `attn_out` is o_proj's input, that is hook_z. Transcoders read
-the MLP's input after the norm's gain and write the output of the post-feedforward norm (hook_mlp_out on Gemma 3).
-config.json may be missing: then the folder name says it.
+Folders: `{resid_post,attn_out,mlp_out,transcoder}[_all]/layer_N_width_W_l0_S[_affine]/` with `config.json`
+and `params.safetensors`: w_enc (D, F), w_dec (F, E), b_enc, b_dec, threshold and for affine transcoders
+affine_skip_connection (D, E), y += x @ A. JumpReLU, no decoder bias subtracted. `attn_out` is o_proj's input,
+that is hook_z. Transcoders read the MLP's input after the norm's gain and write the output of the
+post-feedforward norm (hook_mlp_out on Gemma 3). config.json may be missing: then the folder name says it.
 
 Source: https://huggingface.co/google/gemma-scope-2-270m-pt, SAELens' gemma_3 loaders.
 """

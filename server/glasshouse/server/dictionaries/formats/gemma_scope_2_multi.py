@@ -1,13 +1,13 @@
 """Gemma Scope 2 over several layers: crosscoders and cross-layer transcoders.
 
 Crosscoder: `crosscoder/layer_a_b_c_d_width_W_l0_S/params_layer_{0..3}.safetensors`. CLT:
-`clt/width_W_l0_S[_affine]/params_layer_{i}.safetensors`. Each file holds one layer's encoder w_enc (D, F), its
-decoders to all layers w_dec (F, L, D), b_enc, b_dec, threshold and perhaps affine_skip_connection (D, D).
+`clt/width_W_l0_S[_affine]/params_layer_{i}.safetensors`. Each file holds one layer's encoder w_enc (D, F),
+its decoders to all layers w_dec (F, L, D), b_enc, b_dec, threshold and perhaps affine_skip_connection (D, D).
 
-Both are the same arithmetic: every layer encodes features of its own, and layer m is the sum of what all layers'
-features write there, plus b_dec of layer m. The crosscoder's encoder is NOT summed over layers. A CLT is causal
-because its weights towards earlier layers are zero; only the slice from its own layer on is read. The width in
-the folder's name counts all the layers.
+Both are the same arithmetic: every layer encodes features of its own, and layer m is the sum of what all
+layers' features write there, plus b_dec of layer m. The crosscoder's encoder is NOT summed over layers. A CLT
+is causal because its weights towards earlier layers are zero; only the slice from its own layer on is read.
+The width in the folder's name counts all the layers.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def load(source: Source, overrides: Overrides) -> list[Loaded]:
         raise malformed(
             str(source),
             f"{n_layers} layers but {len(points_in)} hook points",
-            "Name one hook point a layer: PATH?hook_point=blocks.7.hook_resid_post,blocks.13.hook_resid_post,...",
+            "Name one hook point a layer: PATH?hook_point=blocks.7.hook_resid_post,blocks.13...",
         )
     config = source.config("config.json")
     parameters = cross_layer(
@@ -88,9 +88,10 @@ def _hooks(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if is_clt:
         config = source.config("config.json")
-        found = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
-        if all(isinstance(points, list) and len(points) == n_layers for points in found):
-            return tuple(of_module(p) for p in found[0]), tuple(of_module(p) for p in found[1])
+        points_in = config.get("hf_hook_point_in") or ()
+        points_out = config.get("hf_hook_point_out") or ()
+        if len(points_in) == len(points_out) == n_layers:
+            return tuple(of_module(p) for p in points_in), tuple(of_module(p) for p in points_out)
         layers = range(n_layers)
         return (
             tuple(of_layer(layer, "ln2.hook_out") for layer in layers),

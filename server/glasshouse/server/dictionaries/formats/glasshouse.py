@@ -4,9 +4,10 @@ Tensors, all rows-first so that one feature is one contiguous run of the file (S
 
 - SAE, transcoder:  W_enc (F, D), W_dec (F, E), b_enc (F,), b_dec (E,)
 - crosscoder:       W_enc (F, S, D), W_dec (F, M, E), b_enc (F,), b_dec (M, E)
-- cross-layer transcoder of L layers: W_enc.{l} (F, D), W_dec.{l} (F, L - l, E) whose slot j writes layer l + j,
-  b_enc.{l} (F,), b_dec (L, E)
-- threshold (F,) for jumprelu, of all features flat for a cross-layer transcoder; b_gate, b_mag, r_mag for gated
+- cross-layer transcoder of L layers: W_enc.{l} (F, D), W_dec.{l} (F, L - l, E) whose slot j writes layer l +
+  j, b_enc.{l} (F,), b_dec (L, E)
+- threshold (F,) for jumprelu, of all features flat for a cross-layer transcoder; b_gate, b_mag, r_mag for
+  gated
 - W_skip (D, E), y += x @ W_skip, for a transcoder
 
 `tied` leaves out W_enc: the encoder is the decoder's transpose.

@@ -1,7 +1,8 @@
 """Foreign names of hook points in ours.
 
-Transcoders hide three taps behind one name: before the MLP's norm (`hook_resid_mid`), normalised before the gain
-(`ln2.hook_normalized`) and after it (`ln2.hook_out`, what the MLP reads). Each format says which it means here.
+Transcoders hide three taps behind one name: before the MLP's norm (`hook_resid_mid`), normalised before the
+gain (`ln2.hook_normalized`) and after it (`ln2.hook_out`, what the MLP reads). Each format says which it
+means here.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def of_module(path: str, *, reads_input: bool = False) -> str:
 
 
 def of_layer(layer: int, hook: str) -> str:
-    """circuit-tracer's per-block names: `mlp.hook_in` is after the gain, `hook_mlp_in` (TransformerLens) before the norm."""
+    """circuit-tracer's per-block names: `mlp.hook_in` is after the gain, `hook_mlp_in` (TransformerLens)
+    before the norm.
+    """
     hook = {
         "mlp.hook_in": "ln2.hook_out",
         "hook_mlp_in": "hook_resid_mid",

@@ -1,8 +1,8 @@
 """Kissane's model-diffing crosscoder: `cfg.json` and `cc_weights.pt`.
 
 W_enc (2, D, F), W_dec (F, 2, D), b_enc (F,), b_dec (2, D): ReLU of the sum over the two models. Each model's
-activations are scaled to a mean norm of sqrt(D) before, and the factors are NOT in the files: give the average
-norms as PATH?average_norm=A,B, or feed activations that are already scaled; a note says which.
+activations are scaled to a mean norm of sqrt(D) before, and the factors are NOT in the files: give the
+average norms as PATH?average_norm=A,B, or feed activations that are already scaled; a note says which.
 
 Source: https://github.com/ckkissane/crosscoder-model-diff-replication `crosscoder.py`.
 """
@@ -21,8 +21,8 @@ from glasshouse.server.dictionaries.normalisation import FixedScale, Identity, N
 
 NAME = "kissane_crosscoder"
 NOTE = (
-    "Its scale factors are not on disk: activations must be scaled to a mean norm of sqrt(d_in) before, or give "
-    "average_norm."
+    "Its scale factors are not on disk: activations must be scaled to a mean norm of sqrt(d_in) before, or "
+    "give average_norm."
 )
 
 

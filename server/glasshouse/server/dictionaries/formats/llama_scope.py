@@ -1,9 +1,9 @@
 """Llama Scope, first release and R1-Distill: encoder.weight (F, D), decoder.weight (D, F), biases.
 
-First release: `hyperparams.json` and `checkpoints/final.safetensors`. A scalar jump_relu_threshold in the units of
-raw activations, and the data set's average norms: activations are scaled by s = sqrt(D) / average norm, and the
-threshold with them. R1-Distill: `config.json` and `sae_weights.safetensors` with log_jumprelu_threshold, which is
-already in normalised units.
+First release: `hyperparams.json` and `checkpoints/final.safetensors`. A scalar jump_relu_threshold in the
+units of raw activations, and the data set's average norms: activations are scaled by s = sqrt(D) / average
+norm, and the threshold with them. R1-Distill: `config.json` and `sae_weights.safetensors` with
+log_jumprelu_threshold, which is already in normalised units.
 
 Source: https://huggingface.co/fnlp/Llama-Scope, SAELens' llama_scope loaders.
 """

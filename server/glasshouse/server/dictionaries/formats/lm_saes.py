@@ -1,4 +1,5 @@
-"""lm-saes (OpenMOSS) as it saves today: `config.json` and `sae_weights.{safetensors,pt}`; SAE, crosscoder, CLT.
+"""lm-saes (OpenMOSS) as it saves today: `config.json` and `sae_weights.{safetensors,pt}`; SAE, crosscoder,
+CLT.
 
 | sae_type | tensors |
 |---|---|
@@ -6,10 +7,11 @@
 | crosscoder | W_E (H, D, F), b_E (H, F), W_D (H, F, D), b_D (H, D) |
 | clt | W_E (L, D, F), b_E (L, F), W_D.{to} (to + 1, F, D), b_D.{to}: grouped by TARGET |
 
-`activation_function.log_jumprelu_threshold` holds log thresholds. With sparsity_include_decoder_norm f = phi(h * n) / n, n
-the norm of all a feature writes (per head for a crosscoder, whose pre-activation is summed over heads and then
-gated once a head). `norm_activation`: dataset-wise scales every hook point by sqrt(D) / its average norm, stored as
-`dataset_average_activation_norm.<hook>`; token-wise by sqrt(D) / ||x||; inference means folded.
+`activation_function.log_jumprelu_threshold` holds log thresholds. With sparsity_include_decoder_norm f =
+phi(h * n) / n, n the norm of all a feature writes (per head for a crosscoder, whose pre-activation is summed
+over heads and then gated once a head). `norm_activation`: dataset-wise scales every hook point by sqrt(D) /
+its average norm, stored as `dataset_average_activation_norm.<hook>`; token-wise by sqrt(D) / ||x||; inference
+means folded.
 
 Batch-level top-k depends on the batch: served as its per-position counterpart, with a note.
 

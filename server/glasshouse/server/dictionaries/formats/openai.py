@@ -1,9 +1,9 @@
 """OpenAI's sparse_autoencoder: one `{layer}.pt`.
 
 pre_bias (D,), latent_bias (F,), encoder.weight (F, D), decoder.weight (D, F) (absent when tied), the strings
-`activation` and `activation_state_dict` {k, postact_fn}. Activations are layer-normed if and only if the activation
-is TopK; pre_bias is subtracted after that. TopK selects, then applies postact_fn. Extra keys (`activation.k` and
-training statistics) are ignored. The file does not name its hook point.
+`activation` and `activation_state_dict` {k, postact_fn}. Activations are layer-normed if and only if the
+activation is TopK; pre_bias is subtracted after that. TopK selects, then applies postact_fn. Extra keys
+(`activation.k` and training statistics) are ignored. The file does not name its hook point.
 
 Source: https://github.com/openai/sparse_autoencoder `model.py`.
 """

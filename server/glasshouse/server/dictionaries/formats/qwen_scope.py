@@ -1,8 +1,8 @@
 """Qwen-Scope: `layer{n}.sae.pt` with W_enc (F, D), W_dec (D, F), b_enc, b_dec.
 
-TopK whose k is in the repository's name (`SAE-Res-Qwen3-1.7B-Base-W32K-L0_50`), hook_resid_post, no decoder bias
-subtracted, and no ReLU after the selection in the model card's own code. A folder of several layers is a set:
-NAME/n each.
+TopK whose k is in the repository's name (`SAE-Res-Qwen3-1.7B-Base-W32K-L0_50`), hook_resid_post, no decoder
+bias subtracted, and no ReLU after the selection in the model card's own code. A folder of several layers is a
+set: NAME/n each.
 
 Source: https://huggingface.co/collections/Qwen/qwen-scope, SAELens' qwen_scope loader.
 """

@@ -3,8 +3,8 @@
 Stored: W_enc (D, F), W_dec (F, E), b_enc, b_dec; gated has b_gate, b_mag, r_mag and no b_enc; JumpReLU has
 threshold; skip transcoders W_skip (E, D). Since 6.0 hook names sit under `metadata`. Before it:
 `hook_point` -> hook_name, `activation_fn_str` -> activation_fn (topk makes it a TopK whatever `architecture`
-says), a boolean `normalize_activations` means expected_average_only_in, `apply_b_dec_to_input` defaults to True, and
-the weights may hold a `scaling_factor` of ones.
+says), a boolean `normalize_activations` means expected_average_only_in, `apply_b_dec_to_input` defaults to
+True, and the weights may hold a `scaling_factor` of ones.
 
 Source: sae-lens 6.54 `saes/*.py` and `loading/pretrained_sae_loaders.py`.
 """

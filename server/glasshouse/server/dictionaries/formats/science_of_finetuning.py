@@ -1,12 +1,14 @@
 """science-of-finetuning's crosscoders: safetensors or `.pt`, ReLU or BatchTopK.
 
-encoder.weight (L, D, F), encoder.bias, decoder.weight (L, F, D), decoder.bias (L, D), code_normalization_id, and for
-BatchTopK k and threshold. Names may carry `_orig_mod.` (saved under torch.compile). BatchTopK at inference keeps
-ReLU(h) where ReLU(h) * c > threshold; c is by code_normalization_id: 1 the sum over layers of the decoder's
-norms, 2 the norm of them all, 3 a mix, 4 one, 5 per layer, each layer with its own threshold and gate.
+encoder.weight (L, D, F), encoder.bias, decoder.weight (L, F, D), decoder.bias (L, D), code_normalization_id,
+and for BatchTopK k and threshold. Names may carry `_orig_mod.` (saved under torch.compile). BatchTopK at
+inference keeps ReLU(h) where ReLU(h) * c > threshold; c is by code_normalization_id: 1 the sum over layers of
+the decoder's norms, 2 the norm of them all, 3 a mix, 4 one, 5 per layer, each layer with its own threshold
+and gate.
 
-Activations are standardised with activation_mean and activation_global_scale (target_rms / sqrt(sum std^2)) when
-activation_mean and activation_std hold no NaN: NaN there means no normalisation, and is no reason to refuse.
+Activations are standardised with activation_mean and activation_global_scale (target_rms / sqrt(sum std^2))
+when activation_mean and activation_std hold no NaN: NaN there means no normalisation, and is no reason to
+refuse.
 
 Source: https://github.com/science-of-finetuning/dictionary_learning `dictionary.py`.
 """

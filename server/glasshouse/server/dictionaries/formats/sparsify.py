@@ -1,8 +1,8 @@
 """EleutherAI's sparsify: `<hookpoint>/cfg.json` and `sae.safetensors`.
 
-encoder.weight (F, D), encoder.bias, W_dec (F, E), b_dec and perhaps W_skip (E, D): y += x @ W_skip^T on the raw x.
-The hook point IS the folder's name, a module path such as `layers.5.mlp`. b_dec is always subtracted from the
-input unless `transcode`. TopK or group-max, after a ReLU. Older configs lack `transcode` even where
+encoder.weight (F, D), encoder.bias, W_dec (F, E), b_dec and perhaps W_skip (E, D): y += x @ W_skip^T on the
+raw x. The hook point IS the folder's name, a module path such as `layers.5.mlp`. b_dec is always subtracted
+from the input unless `transcode`. TopK or group-max, after a ReLU. Older configs lack `transcode` even where
 `skip_connection` is true: such a dictionary is taken for a transcoder, and the note says so.
 
 Source: eai-sparsify 1.3 `sparse_coder.py`, `fused_encoder.py`.
