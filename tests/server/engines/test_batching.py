@@ -46,7 +46,9 @@ def add(model: Any, coefficient: float, *, hook_point: str = RESID, seed: int = 
     return Intervention(hook_point=hook_point, edit=AddVector(vector=v, coefficient=coefficient))
 
 
-@pytest.mark.parametrize("sampling", [{}, {"top_k": 20}, {"top_p": 0.8}, {"temperature": 1.7, "top_k": 50, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"top_k": 20}, {"top_p": 0.8}, {"temperature": 1.7, "top_k": 50, "top_p": 0.9}]
+)
 async def test_a_seed_gives_the_same_tokens_in_any_company(
     engine: Any, answer: Any, fable_model: Any, sampling: dict[str, Any]
 ) -> None:
@@ -66,13 +68,17 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(
     crowded, *_ = await asyncio.gather(
         answer(engine, prompt, max_tokens=30, sampling=chosen, ignore_eos=True), *company
     )
-    other = await answer(engine, prompt, max_tokens=30, sampling=Sampling(seed=12, **sampling), ignore_eos=True)
+    other = await answer(
+        engine, prompt, max_tokens=30, sampling=Sampling(seed=12, **sampling), ignore_eos=True
+    )
     assert crowded.ids == alone.ids
     assert other.ids != alone.ids
     assert crowded.finished.seed == 11
 
 
-async def test_samples_follow_the_model_distribution(engine: Any, answer: Any, oracle: Any, fable_model: Any) -> None:
+async def test_samples_follow_the_model_distribution(
+    engine: Any, answer: Any, oracle: Any, fable_model: Any
+) -> None:
     """Chi-square over the ten likeliest first tokens, 600 seeds, against the oracle's probabilities."""
     prompt = encode(fable_model)
     answers = await asyncio.gather(
@@ -80,7 +86,10 @@ async def test_samples_follow_the_model_distribution(engine: Any, answer: Any, o
     )
     for start in range(60, 600, 60):
         answers += await asyncio.gather(
-            *(answer(engine, prompt, max_tokens=1, sampling=Sampling(seed=s)) for s in range(start, start + 60))
+            *(
+                answer(engine, prompt, max_tokens=1, sampling=Sampling(seed=s))
+                for s in range(start, start + 60)
+            )
         )
     logprobs, _ = oracle.forward(prompt)
     probabilities, ids = logprobs[-1].exp().topk(10)
@@ -100,7 +109,9 @@ async def test_top_k_one_is_greedy(engine: Any, answer: Any, fable_model: Any) -
     assert greedy.ids == narrowed.ids == nucleus.ids
 
 
-async def test_stop_string_ends_before_it_and_is_never_shown(engine: Any, answer: Any, fable_model: Any) -> None:
+async def test_stop_string_ends_before_it_and_is_never_shown(
+    engine: Any, answer: Any, fable_model: Any
+) -> None:
     prompt = encode(fable_model)
     plain = await answer(engine, prompt, max_tokens=40, ignore_eos=True)
     assert plain.text == fable_model.tokenizer.decode(plain.ids)
@@ -146,7 +157,9 @@ async def test_the_queue_is_bounded_and_says_when_to_return(fable_model: Any, an
     await engine.start()
     try:
         prompt = encode(fable_model)
-        tasks = [asyncio.create_task(answer(engine, prompt, max_tokens=60, ignore_eos=True)) for _ in range(12)]
+        tasks = [
+            asyncio.create_task(answer(engine, prompt, max_tokens=60, ignore_eos=True)) for _ in range(12)
+        ]
         done = await asyncio.gather(*tasks, return_exceptions=True)
         refused = [error for error in done if isinstance(error, ResourceExhausted)]
         served = [got for got in done if not isinstance(got, BaseException)]
@@ -182,7 +195,9 @@ async def test_a_row_driven_to_infinity_fails_alone(engine: Any, answer: Any, fa
 
 async def test_a_long_prompt_in_pieces_equals_one_pass(fable_model: Any, answer: Any) -> None:
     pieces = TransformersEngine(
-        fable_model, limits=Limits(), steps=SchedulerSettings(prefill_tokens=16, bulk_tokens=16, bulk_tokens_shared=8)
+        fable_model,
+        limits=Limits(),
+        steps=SchedulerSettings(prefill_tokens=16, bulk_tokens=16, bulk_tokens_shared=8),
     )
     whole = TransformersEngine(fable_model, limits=Limits())
     await pieces.start()
@@ -215,7 +230,7 @@ async def test_a_long_prompt_in_pieces_equals_one_pass(fable_model: Any, answer:
         assert neighbour.ids == (await answer(whole, encode(fable_model), max_tokens=30, ignore_eos=True)).ids
         for mine, theirs in zip(one.prefilled.readouts, other.prefilled.readouts, strict=True):
             assert mine.positions == theirs.positions
-            np.testing.assert_allclose(mine.values, theirs.values, atol=2e-5)
+            np.testing.assert_allclose(mine.values, theirs.values, atol=1e-5 * np.abs(theirs.values).max())
         assert one.prefilled.readouts[1].values.shape == (fable_model.n_heads, len(prompt), len(prompt))
         # Attention maps while decoding: one row of keys a token, each summing to one.
         for token in one.tokens:
@@ -258,11 +273,14 @@ async def test_stopping_ends_what_runs(fable_model: Any, answer: Any) -> None:
     engine = TransformersEngine(fable_model, limits=Limits(max_running=2))
     await engine.start()
     running = [
-        asyncio.create_task(answer(engine, encode(fable_model), max_tokens=400, ignore_eos=True)) for _ in range(4)
+        asyncio.create_task(answer(engine, encode(fable_model), max_tokens=400, ignore_eos=True))
+        for _ in range(4)
     ]
     await asyncio.sleep(0.1)
     await engine.stop()
-    assert all(isinstance(error, Unavailable) for error in await asyncio.gather(*running, return_exceptions=True))
+    assert all(
+        isinstance(error, Unavailable) for error in await asyncio.gather(*running, return_exceptions=True)
+    )
     with pytest.raises(Unavailable):
         await answer(engine, encode(fable_model), max_tokens=1)
     assert not engine.status().healthy
@@ -304,7 +322,12 @@ def _bad(model: Any) -> list[tuple[dict[str, Any], type[ServingError], str, str]
         (at(Selector(at=(10_000,))), InvalidArgument, reasons.POSITION_UNREACHABLE, listed),
         (at(Selector(at=(1, 1))), InvalidArgument, reasons.FIELD_CONFLICT, listed),
         (at(Selector(at=())), InvalidArgument, reasons.FIELD_REQUIRED, listed),
-        (at(Selector(span=(5, 5))), InvalidArgument, reasons.VALUE_OUT_OF_RANGE, "interventions[0].positions.span"),
+        (
+            at(Selector(span=(5, 5))),
+            InvalidArgument,
+            reasons.VALUE_OUT_OF_RANGE,
+            "interventions[0].positions.span",
+        ),
         ({"prompt": ()}, InvalidArgument, reasons.EMPTY_INPUT, "input"),
         ({"prompt": (5, 999_999)}, InvalidArgument, reasons.TOKEN_OUT_OF_RANGE, "input.token_ids"),
         ({"prompt": (-1,)}, InvalidArgument, reasons.TOKEN_OUT_OF_RANGE, "input.token_ids"),
