@@ -67,7 +67,7 @@ class FakeServer:
     ) -> None:
         self.calls: list[RecordedCall] = []
         self._services = FakeServices(models or [FakeModel(reply=reply)], chunk_bytes, tokens_per_event)
-        self._token_delay_s = token_delay_s
+        self.token_delay_s = token_delay_s
         self._api_key = api_key
         self._credentials = credentials
         self._serving = serving
@@ -202,7 +202,7 @@ class FakeServer:
                 for n, event in enumerate(answer(request)):
                     if planned is not None and n >= planned.after_events:
                         raise RefusedError(planned.failure)
-                    if over.wait(self._token_delay_s) if self._token_delay_s else over.is_set():
+                    if over.wait(self.token_delay_s) if self.token_delay_s else over.is_set():
                         return
                     yield event
                 finished = True

@@ -1,0 +1,44 @@
+"""The commands and their options are pinned: scripts rely on them."""
+
+from __future__ import annotations
+
+from typer.main import get_command
+
+from glasshouse.cli.main import app
+
+CONNECTION = {"--target", "--api-key", "--tls", "--tls-ca", "--timeout", "--json"}
+EDITS = {"--steer", "--ablate", "--positions"}
+SURFACE = {
+    "models": CONNECTION,
+    "hook-points": CONNECTION | {"--model", "--layer", "--grep"},
+    "tokenize": CONNECTION | {"TEXT", "--model", "--special", "--no-special"},
+    "generate": CONNECTION
+    | EDITS
+    | {"PROMPT", "--model", "--max-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop"}
+    | {"--ignore-eos", "--read", "--lens", "--logprobs"},
+    "activations": CONNECTION
+    | {"[TEXT]...", "--model", "--file", "--hook-point", "--output", "-o", "--positions", "--dtype"},
+    "score": CONNECTION | EDITS | {"TEXT", "--model", "--top-k"},
+    "version": {"--json"},
+    "serve": {"[OPTIONS]"},
+}
+
+
+def test_commands_and_options() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    found = {}
+    for name, command in commands.items():
+        found[name] = set()
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                found[name].add(parameter.metavar)
+            else:
+                found[name] |= {*parameter.opts, *parameter.secondary_opts}
+    assert found == SURFACE
+
+
+def test_environment() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name in SURFACE.keys() - {"version", "serve"}:
+        variables = {parameter.name: parameter.envvar for parameter in commands[name].params}
+        assert variables["target"] == "GLASSHOUSE_TARGET" and variables["api_key"] == "GLASSHOUSE_API_KEY"

@@ -1,0 +1,92 @@
+"""What users import is pinned; torch is not among what the client imports."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import glasshouse.client as sdk
+from glasshouse.client import testing
+
+CONTRACT = {
+    "Client", "AsyncClient", "add_vector", "ablate_direction", "replace", "read_activations",
+    "read_logit_lens", "prompt", "generated", "last", "at", "span", "GlasshouseError",
+    "InvalidArgumentError", "NotFoundError",
+    "FailedPreconditionError", "ResourceExhaustedError", "UnauthenticatedError", "PermissionDeniedError",
+    "UnavailableError", "DeadlineExceededError", "CancelledError",
+}  # fmt: skip
+BEYOND = {
+    "Activations", "AsyncGenerationStream", "AsyncModel", "ChatMessage", "GeneratedToken", "GenerationResult",
+    "GenerationStream", "HookPointInfo", "Intervention", "InterventionReceipt", "LensReadout", "Model",
+    "ModelInfo", "Positions", "Progress", "PromptReadouts", "Readout", "RenderedChat", "Score", "TLSConfig",
+    "Tokens", "TopTokens", "Usage", "cap_projection", "positions", "rotate",
+}  # fmt: skip
+
+
+def test_exported_names() -> None:
+    assert set(sdk.__all__) == CONTRACT | BEYOND
+    assert sdk.__all__ == sorted(sdk.__all__)
+    assert all(hasattr(sdk, name) for name in sdk.__all__)
+    assert sdk.all is sdk.positions.all, "exported, but a star import keeps the builtin"
+    assert set(testing.__all__) == {"Failure", "FakeModel", "FakeServer", "RecordedCall"}
+
+
+def parameters(function: object) -> list[str]:
+    return [
+        f"{name}={value.default!r}" if value.default is not value.empty else name
+        for name, value in inspect.signature(function).parameters.items()  # type: ignore[arg-type]
+        if name not in ("self", "timeout", "progress", "dtype")
+    ]
+
+
+def test_signatures_of_the_contract() -> None:
+    assert parameters(sdk.Client.__init__)[:4] == [
+        "target='localhost:50051'",
+        "api_key=None",
+        "tls=None",
+        "max_attempts=5",
+    ]
+    assert inspect.signature(sdk.Client).parameters["timeout"].default == 60.0
+    model = sdk.Model
+    assert parameters(model.tokenize) == ["text", "add_special_tokens=True"]
+    assert parameters(model.activations) == ["input", "hook_points", "positions=None", "interventions=()"]
+    assert parameters(model.score) == ["input", "interventions=()", "top_k=0"]
+    assert parameters(model.generate) == [
+        "prompt", "max_tokens", "temperature=1.0", "top_p=1.0", "top_k=0", "seed=None", "stop=()",
+        "stop_token_ids=()", "ignore_eos=False", "logprobs=0", "interventions=()", "readouts=()",
+    ]  # fmt: skip
+    assert parameters(sdk.add_vector) == [
+        "hook_point", "vector", "coefficient=1.0", "positions=None", "scale='plain'", "preserve_norm=False",
+    ]  # fmt: skip
+    assert parameters(sdk.ablate_direction)[:3] == ["hook_point", "vector", "positions=None"]
+    assert parameters(sdk.replace) == ["hook_point", "activations", "positions=None"]
+    assert parameters(sdk.read_activations) == ["hook_point", "positions=None"]
+    assert parameters(sdk.read_logit_lens)[:2] == ["hook_point", "top_k=5"]
+
+
+def test_the_client_imports_no_torch_and_no_server() -> None:
+    code = (
+        "import sys, glasshouse.client, glasshouse.client.testing, glasshouse.cli.main\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'safetensors', 'glasshouse.server'}\n"
+        "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_vectors_from_torch_need_no_import_of_torch_by_us() -> None:
+    code = (
+        "import sys\n"
+        "import numpy as np\n"
+        "from glasshouse.client import add_vector\n"
+        "class Tensor:\n"
+        "    def detach(self): return self\n"
+        "    def cpu(self): return self\n"
+        "    def is_floating_point(self): return True\n"
+        "    def float(self): return self\n"
+        "    def numpy(self): return np.ones(3, np.float32)\n"
+        "assert add_vector('h', Tensor()).vector.tolist() == [1, 1, 1]\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
