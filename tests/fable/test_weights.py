@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,10 +15,19 @@ from glasshouse.fable.corpus.labelled import read_labelled
 from glasshouse.fable.corpus.mixture import validation_documents
 from glasshouse.fable.evaluation import held_out_loss
 from glasshouse.fable.gates import all_gates, padded
-from glasshouse.fable.mood_flip import flip_stories, measure_flip, mood_direction, steered
+from glasshouse.fable.mood_flip import flip_stories, measure_flip, mood_direction, resid_post, steered
 from glasshouse.fable.tokenizer import load_tokenizer, single_token_words
 
 FLIP_LAYER, FLIP_COEFFICIENT = 3, 1.5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """So small a model only loses time to a second thread, the more so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +103,11 @@ def test_steering_adds_the_vector_where_asked_and_leaves_no_hook(
     ids_BP, _ = padded(tokenizer, ["The dog was here."])
     keep_BP = (ids_BP != tokenizer.bos_token_id).float()
     vector_BD = torch.randn(1, model.config.hidden_size)
-    last = model.config.num_hidden_layers - 1
-    with torch.inference_mode():
-        before = model.model(input_ids=ids_BP, output_hidden_states=True).hidden_states[2]
-        with steered(model, 1, vector_BD, keep_BP):
-            during = model.model(input_ids=ids_BP, output_hidden_states=True).hidden_states[2]
-        after = model.model(input_ids=ids_BP, output_hidden_states=True).hidden_states[2]
-    assert last > 1
+    before = resid_post(model, ids_BP, 1)
+    with steered(model, 1, vector_BD, keep_BP):
+        during = resid_post(model, ids_BP, 1)
     torch.testing.assert_close(during, before + keep_BP[..., None] * vector_BD)
-    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(resid_post(model, ids_BP, 1), before)
 
 
 def test_the_held_out_loss_is_that_of_a_trained_model(

@@ -82,12 +82,14 @@ def mood_direction(
     means: dict[str, list[torch.Tensor]] = {"happy": [], "sad": []}
     for record in records:
         ids_BP, _ = padded(tokenizer, [record["text"]])
-        resid_BPD = _resid_post(model, ids_BP, layer)
+        resid_BPD = resid_post(model, ids_BP, layer)
         means[record["label"]].append(resid_BPD[0, 1:].mean(dim=0))
     return torch.stack(means["happy"]).mean(dim=0) - torch.stack(means["sad"]).mean(dim=0)
 
 
-def _resid_post(model: LlamaForCausalLM, ids_BP: torch.Tensor, layer: int) -> torch.Tensor:
+@torch.inference_mode()
+def resid_post(model: LlamaForCausalLM, ids_BP: torch.Tensor, layer: int) -> torch.Tensor:
+    """(batch, position, d_model): the residual stream after block `layer`."""
     caught: list[torch.Tensor] = []
     handle = model.model.layers[layer].register_forward_hook(
         lambda _module, _args, output: caught.append(_hidden(output))

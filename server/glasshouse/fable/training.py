@@ -37,8 +37,8 @@ class Recipe:
     d_model: int = 192
     d_ff: int = 512
     n_layers: int = 6
-    n_heads: int = 8
-    n_kv_heads: int = 4
+    n_heads: int = 6
+    n_kv_heads: int = 2
     context_length: int = CONTEXT_LENGTH
     batch_size: int = 12
     total_steps: int = 4000
