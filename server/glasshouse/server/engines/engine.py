@@ -9,9 +9,10 @@ request: its place is free within one step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
+from glasshouse.server.dictionaries.store import DictionaryStore
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -53,6 +54,11 @@ class Engine(ABC):
     def hook_points(self) -> Sequence[HookPoint]:
         """Its hook points, in the order of the forward pass."""
 
+    @property
+    @abstractmethod
+    def dictionaries(self) -> DictionaryStore:
+        """The dictionaries that requests may name."""
+
     @abstractmethod
     async def start(self) -> None:
         """Gets ready to serve; returns when it is."""
@@ -66,7 +72,7 @@ class Engine(ABC):
         """The engine now."""
 
     @abstractmethod
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[GenerationEvent]]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[GenerationEvent], None]:
         """Events in order: Prefilled, NewToken..., Finished. They come in batches: several at once where the stream
         is busy or its reader is behind.
         """
@@ -76,5 +82,5 @@ class Engine(ABC):
         """Teacher-forced log-probabilities."""
 
     @abstractmethod
-    def extract(self, request: ExtractionRequest) -> AsyncIterator[ExtractedInput]:
+    def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         """Each input as it is done, in any order; the next is computed only while the reader keeps up."""

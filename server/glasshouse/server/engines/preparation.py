@@ -11,15 +11,22 @@ from dataclasses import dataclass
 
 import torch
 
+from glasshouse.server.dictionaries.store import DictionaryStore
 from glasshouse.server.hooks.table import HookTable
-from glasshouse.server.interventions import edits
-from glasshouse.server.interventions.edits import PreparedEdit
+from glasshouse.server.interventions import edits, features
+from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.readouts import prepared
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
-from glasshouse.server.types.interventions import Intervention, InterventionReceipt
+from glasshouse.server.types.interventions import (
+    FeatureEdit,
+    Intervention,
+    InterventionReceipt,
+    ScaleFeatures,
+    SetFeatures,
+)
 from glasshouse.server.types.models import ModelInfo
-from glasshouse.server.types.readouts import ReadActivations, ReadLogitLens, Readout, WireDType
+from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, Readout, WireDType
 from glasshouse.server.types.selectors import ResolvedPositions, Selector, resolve
 from glasshouse.wire import reasons
 
@@ -31,6 +38,7 @@ class Preparation:
     info: ModelInfo
     table: HookTable
     device: torch.device
+    dictionaries: DictionaryStore
 
     def check_tokens(self, token_ids: Sequence[int], *, max_tokens: int, field: str) -> None:
         """Raises `InvalidArgument` for an empty prompt, ids off the vocabulary, or more than the context holds."""
@@ -64,27 +72,52 @@ class Preparation:
 
     def edits(
         self, interventions: Sequence[Intervention], *, prompt: Sequence[int], n_fed: int
-    ) -> tuple[PreparedEdit, ...]:
+    ) -> tuple[PreparedIntervention, ...]:
         """The interventions of a request that feeds at most `n_fed` positions, the first of them `prompt`."""
-        ready = []
+        ready: list[PreparedIntervention] = []
         for index, intervention in enumerate(interventions):
             field = f"interventions[{index}]"
-            point = self.table.resolve(intervention.hook_point, field=f"{field}.hook_point")
-            if not point.writable:
-                raise FailedPrecondition(
-                    f"{point.name} cannot be edited",
-                    reason=reasons.HOOK_POINT_NOT_WRITABLE,
-                    field=f"{field}.hook_point",
-                    value=point.name,
-                    remedy="ListHookPoints says which points are writable",
-                )
             positions = self._resolve(intervention.positions, prompt, n_fed, f"{field}.positions")
-            ready.append(
-                edits.prepare(
-                    intervention, index=index, point=point, positions=positions, device=self.device, field=field
-                )
-            )
+            if isinstance(intervention.edit, SetFeatures | ScaleFeatures):
+                ready.append(self._feature_edit(intervention, intervention.edit, index, positions, field))
+            else:
+                ready.append(self._plain_edit(intervention, index, positions, field))
         return tuple(ready)
+
+    def _plain_edit(
+        self, intervention: Intervention, index: int, positions: ResolvedPositions, field: str
+    ) -> PreparedIntervention:
+        point = self.table.resolve(intervention.hook_point, field=f"{field}.hook_point")
+        if not point.writable:
+            raise FailedPrecondition(
+                f"{point.name} cannot be edited",
+                reason=reasons.HOOK_POINT_NOT_WRITABLE,
+                field=f"{field}.hook_point",
+                value=point.name,
+                remedy="ListHookPoints says which points are writable",
+            )
+        return edits.prepare(
+            intervention, index=index, point=point, positions=positions, device=self.device, field=field
+        )
+
+    def _feature_edit(
+        self,
+        intervention: Intervention,
+        edit: FeatureEdit,
+        index: int,
+        positions: ResolvedPositions,
+        field: str,
+    ) -> PreparedIntervention:
+        held = self.dictionaries.get(edit.dictionary, field=f"{field}.{edit.kind}.dictionary")
+        return features.prepare(
+            intervention,
+            index=index,
+            dictionary=held.dictionary,
+            points_in=held.points_in,
+            points_out=held.points_out,
+            positions=positions,
+            field=field,
+        )
 
     def readouts(
         self, readouts: Sequence[Readout], *, prompt: Sequence[int], n_fed: int
@@ -93,13 +126,23 @@ class Preparation:
         ready = []
         for index, readout in enumerate(readouts):
             field = f"readouts[{index}]"
-            match readout:
-                case ReadActivations():
-                    inner = f"{field}.activations"
-                case ReadLogitLens():
-                    inner = f"{field}.logit_lens"
-            point = self.table.resolve(readout.hook_point, field=f"{inner}.hook_point")
             positions = self._resolve(readout.positions, prompt, n_fed, f"{field}.positions")
+            if isinstance(readout, ReadFeatures):
+                held = self.dictionaries.get(readout.dictionary, field=f"{field}.features.dictionary")
+                ready.append(
+                    prepared.prepare_features(
+                        readout,
+                        index=index,
+                        dictionary=held.dictionary,
+                        points=held.points_in,
+                        positions=positions,
+                        device=self.device,
+                        field=field,
+                    )
+                )
+                continue
+            inner = f"{field}.activations" if isinstance(readout, ReadActivations) else f"{field}.logit_lens"
+            point = self.table.resolve(readout.hook_point, field=f"{inner}.hook_point")
             ready.append(
                 prepared.prepare(
                     readout,
@@ -146,7 +189,7 @@ class Preparation:
         )
 
 
-def receipt(ready: Sequence[PreparedEdit]) -> tuple[InterventionReceipt, ...]:
+def receipt(ready: Sequence[PreparedIntervention]) -> tuple[InterventionReceipt, ...]:
     """What was done.
 
     Raises:
@@ -165,7 +208,7 @@ def receipt(ready: Sequence[PreparedEdit]) -> tuple[InterventionReceipt, ...]:
         InterventionReceipt(
             index=edit.index,
             edit=edit.kind,
-            hook_points=(edit.point.name,),
+            hook_points=tuple(point.name for point in edit.hook_points),
             positions_applied=edit.applied,
             content_hash=edit.content_hash,
         )

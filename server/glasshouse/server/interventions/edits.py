@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import struct
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -26,6 +25,8 @@ from glasshouse.server.types.interventions import (
     Intervention,
     Replace,
     Rotate,
+    ScaleFeatures,
+    SetFeatures,
 )
 from glasshouse.server.types.selectors import ResolvedPositions
 from glasshouse.wire import reasons
@@ -40,30 +41,48 @@ class Primitive(Enum):
     REPLACE = "replace"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scalars:
+    """The numbers of an edit: ADD (plain + scaled |s|) v; PROJECT clamps to [low, high]."""
+
+    plain: float = 0.0
+    scaled: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+
+
 @dataclass(eq=False, kw_only=True)
-class PreparedEdit:
-    """An edit ready to apply, and the count of what it did.
+class PreparedIntervention:
+    """What every intervention has once it is ready to apply, and the count of what it did."""
+
+    index: int
+    kind: str
+    hook_points: tuple[HookPoint, ...]
+    positions: ResolvedPositions
+    preserve_norm: bool = False
+    content_hash: str = ""
+    # Positions the passes fed that the selector covers, and positions at which the kernel ran.
+    promised: int = 0
+    applied: int = 0
+
+
+@dataclass(eq=False, kw_only=True)
+class PreparedEdit(PreparedIntervention):
+    """An edit at one hook point.
 
     `vectors` float32 on the model's device: ADD (1, W) v, unit where norm-scaled; PROJECT (1, W) unit v; ROTATE (3, W) b1,
     b2, target; REPLACE (n, W), one row a selected position in order of `row_of`, or (1, W) for all alike.
     """
 
-    index: int
-    kind: str
-    point: HookPoint
-    positions: ResolvedPositions
     primitive: Primitive
     vectors: Tensor
-    plain: float = 0.0
-    scaled: float = 0.0
-    low: float = -math.inf
-    high: float = math.inf
-    preserve_norm: bool = False
-    content_hash: str = ""
+    scalars: Scalars
     row_of: dict[int, int] = field(default_factory=dict)
-    # Positions the passes fed that the selector covers, and positions at which the kernel ran.
-    promised: int = 0
-    applied: int = 0
+
+    @property
+    def point(self) -> HookPoint:
+        """Where it is applied."""
+        return self.hook_points[0]
 
 
 def prepare(
@@ -83,20 +102,22 @@ def prepare(
     """
     edit = intervention.edit
     path = f"{field}.{edit.kind}"
-    primitive, vectors, scalars = Primitive.ADD, np.zeros((0, 0), np.float32), {}
+    primitive = Primitive.ADD
+    vectors: FloatArray
+    scalars = Scalars()
     row_of: dict[int, int] = {}
     match edit:
         case AddVector():
             vector = _vector(edit.vector, point, f"{path}.vector")
-            coefficient = _finite(edit.coefficient, f"{path}.coefficient")
+            coefficient = finite(edit.coefficient, f"{path}.coefficient")
             if edit.norm_scaled:
-                vectors, scalars = _unit(vector, f"{path}.vector")[None], {"scaled": coefficient}
+                vectors, scalars = _unit(vector, f"{path}.vector")[None], Scalars(scaled=coefficient)
             else:
-                vectors, scalars = vector[None], {"plain": coefficient}
+                vectors, scalars = vector[None], Scalars(plain=coefficient)
         case AblateDirection():
             primitive = Primitive.PROJECT
             vectors = _unit(_vector(edit.vector, point, f"{path}.vector"), f"{path}.vector")[None]
-            scalars = {"low": 0.0, "high": 0.0}
+            scalars = Scalars(low=0.0, high=0.0)
         case CapProjection():
             primitive = Primitive.PROJECT
             vectors = _unit(_vector(edit.vector, point, f"{path}.vector"), f"{path}.vector")[None]
@@ -106,17 +127,21 @@ def prepare(
         case Replace():
             primitive = Primitive.REPLACE
             vectors, row_of = _replacement(edit, point, positions, f"{path}.activations")
+        case SetFeatures() | ScaleFeatures():
+            raise AssertionError("a feature edit is prepared by `features.prepare`")
     return PreparedEdit(
         index=index,
         kind=edit.kind,
-        point=point,
+        hook_points=(point,),
         positions=positions,
         primitive=primitive,
         vectors=torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)).to(device),
         preserve_norm=intervention.preserve_norm,
-        content_hash=_content_hash(edit.kind, point, positions, vectors, scalars, intervention.preserve_norm),
+        content_hash=content_hash(
+            (edit.kind, point.name, intervention.preserve_norm, scalars), positions, vectors
+        ),
         row_of=row_of,
-        **scalars,
+        scalars=scalars,
     )
 
 
@@ -158,7 +183,7 @@ def _unit(vector: FloatArray, field: str) -> FloatArray:
     return (vector.astype(np.float64) / norm).astype(np.float32)
 
 
-def _finite(number: float, field: str) -> float:
+def finite(number: float, field: str) -> float:
     # A coefficient beyond float32 would turn activations infinite.
     if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
         raise InvalidArgument(
@@ -171,7 +196,7 @@ def _finite(number: float, field: str) -> float:
     return number
 
 
-def _limits(edit: CapProjection, path: str) -> dict[str, float]:
+def _limits(edit: CapProjection, path: str) -> Scalars:
     if edit.maximum is None and edit.minimum is None:
         raise InvalidArgument(
             "neither max nor min is given",
@@ -179,24 +204,21 @@ def _limits(edit: CapProjection, path: str) -> dict[str, float]:
             field=f"{path}.max",
             remedy="give max, min or both",
         )
-    limits: dict[str, float] = {}
-    if edit.maximum is not None:
-        limits["high"] = _finite(edit.maximum, f"{path}.max")
-    if edit.minimum is not None:
-        limits["low"] = _finite(edit.minimum, f"{path}.min")
-    if edit.maximum is not None and edit.minimum is not None and edit.minimum > edit.maximum:
+    high = math.inf if edit.maximum is None else finite(edit.maximum, f"{path}.max")
+    low = -math.inf if edit.minimum is None else finite(edit.minimum, f"{path}.min")
+    if low > high:
         raise InvalidArgument(
-            f"min {edit.minimum} is above max {edit.maximum}",
+            f"min {low} is above max {high}",
             reason=reasons.VALUE_OUT_OF_RANGE,
             field=f"{path}.min",
-            value=edit.minimum,
+            value=low,
             remedy="give min <= max",
         )
-    return limits
+    return Scalars(low=low, high=high)
 
 
 def _plane(edit: Rotate, point: HookPoint, path: str) -> FloatArray:
-    angle = _finite(edit.angle_radians, f"{path}.angle_radians")
+    angle = finite(edit.angle_radians, f"{path}.angle_radians")
     first = _unit(_vector(edit.first, point, f"{path}.first"), f"{path}.first").astype(np.float64)
     second = _unit(_vector(edit.second, point, f"{path}.second"), f"{path}.second").astype(np.float64)
     across = second - (second @ first) * first
@@ -240,18 +262,9 @@ def _replacement(
     return _all_finite(rows, field), {position: row for row, position in enumerate(selected)}
 
 
-def _content_hash(
-    kind: str,
-    point: HookPoint,
-    positions: ResolvedPositions,
-    vectors: FloatArray,
-    scalars: dict[str, float],
-    preserve_norm: bool,
-) -> str:
-    digest = hashlib.sha256()
+def content_hash(what: object, positions: ResolvedPositions, array: FloatArray) -> str:
+    """SHA-256, in hex, over what is done (`what`, by its repr), where, and with which numbers."""
     where = (positions.ranges, sorted(positions.excluded), sorted(positions.excluded_token_ids))
-    digest.update(repr((kind, point.name, where, vectors.shape, preserve_norm)).encode())
-    for name in sorted(scalars):
-        digest.update(name.encode() + struct.pack("<d", scalars[name]))
-    digest.update(np.ascontiguousarray(vectors, dtype="<f4").tobytes())
+    digest = hashlib.sha256(repr((what, where, array.shape)).encode())
+    digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
     return digest.hexdigest()

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from glasshouse.server.types.hook_points import HookPoint
 from glasshouse.server.types.spans import Span
 
 from . import kernels
-from .edits import PreparedEdit, Primitive
+from .edits import PreparedEdit, PreparedIntervention, Primitive
+from .features import FeatureGroup, FeatureMeasurement, FeatureWriting, PreparedFeatureEdit
+
+P = TypeVar("P", bound=PreparedIntervention)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -74,13 +77,19 @@ class EditGroup:
             edit.applied += count
 
 
+class SiteAction(Protocol):
+    """Something done to the live activation at a hook point."""
+
+    def apply(self, tensor_BTW: Tensor) -> None:
+        """Reads or edits in place."""
+
+
 @dataclass(eq=False, kw_only=True)
 class EditPlan:
-    """Groups by hook point name, in the order they run; `valid_steps` None: until the batch changes."""
+    """Actions by hook point name, in the order they run; `valid_steps` None: until the batch changes."""
 
-    groups: dict[str, list[EditGroup]] = field(default_factory=dict)
-    points: dict[str, HookPoint] = field(default_factory=dict)
-    promised: list[tuple[PreparedEdit, int]] = field(default_factory=list)
+    actions: dict[str, list[SiteAction]] = field(default_factory=dict)
+    promised: list[tuple[PreparedIntervention, int]] = field(default_factory=list)
     valid_steps: int | None = None
 
     def promise(self) -> None:
@@ -90,50 +99,106 @@ class EditPlan:
 
 
 @dataclass(eq=False)
-class _Cells:
-    edits: list[PreparedEdit] = field(default_factory=list)
+class _Cells(Generic[P]):
+    edits: list[P] = field(default_factory=list)
     owner: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
+    def add(self, edit: P, row: int, start: int, positions: Sequence[int]) -> None:
+        self.owner.extend([len(self.edits)] * len(positions))
+        self.edits.append(edit)
+        self.rows.extend([row] * len(positions))
+        self.columns.extend([p - start for p in positions])
+        self.positions.extend(positions)
+
+    def counts(self) -> list[int]:
+        counts = [0] * len(self.edits)
+        for own in self.owner:
+            counts[own] += 1
+        return counts
+
 
 def plan_edits(
-    spans: Sequence[Span], edits: Sequence[Sequence[PreparedEdit]], *, n_columns: int, device: torch.device
+    spans: Sequence[Span],
+    edits: Sequence[Sequence[PreparedIntervention]],
+    *,
+    n_columns: int,
+    device: torch.device,
 ) -> EditPlan:
     """Plans a pass whose row b feeds `spans[b]` under `edits[b]`; `n_columns` is the width of the padded batch."""
     plan = EditPlan()
-    gathered: dict[tuple[str, int, Primitive], _Cells] = {}
+    plain: dict[tuple[str, int, Primitive], _Cells[PreparedEdit]] = {}
+    # By dictionary and the turn at each of its points.
+    through: dict[tuple[int, tuple[int, ...]], _Cells[PreparedFeatureEdit]] = {}
     horizon: int | None = None
     for row, (span, row_edits) in enumerate(zip(spans, edits, strict=True)):
-        rounds: dict[str, int] = {}
+        turns: dict[str, int] = {}
         for edit in row_edits:
             if n_columns == 1:
                 horizon = _earlier(horizon, _steps_until_change(edit, span))
-            name = edit.point.name
-            turn = rounds.get(name, 0)
-            rounds[name] = turn + 1
             positions = edit.positions.within(span.start, span.token_ids)
+            names = _touched(edit)
+            at = tuple(turns.get(name, 0) for name in names)
+            for name in names:
+                turns[name] = turns.get(name, 0) + 1
             if not positions:
                 continue
-            plan.points[name] = edit.point
             plan.promised.append((edit, len(positions)))
-            cells = gathered.setdefault((name, turn, edit.primitive), _Cells())
-            cells.owner.extend([len(cells.edits)] * len(positions))
-            cells.edits.append(edit)
-            cells.rows.extend([row] * len(positions))
-            cells.columns.extend([p - span.start for p in positions])
-            cells.positions.extend(positions)
-    for (name, _, primitive), cells in sorted(gathered.items(), key=lambda item: item[0][:2]):
-        whole = n_columns == 1 and len(cells.rows) == len(spans)
-        plan.groups.setdefault(name, []).append(_group(primitive, cells, whole, device))
+            if isinstance(edit, PreparedFeatureEdit):
+                through.setdefault((id(edit.dictionary), at), _Cells()).add(edit, row, span.start, positions)
+            elif isinstance(edit, PreparedEdit):
+                key = (names[0], at[0], edit.primitive)
+                plain.setdefault(key, _Cells()).add(edit, row, span.start, positions)
+            else:
+                raise AssertionError(f"{type(edit).__name__} has no plan")
+    turned: dict[str, list[tuple[int, SiteAction]]] = {}
+    for (name, turn, primitive), edit_cells in plain.items():
+        whole = n_columns == 1 and len(edit_cells.rows) == len(spans)
+        turned.setdefault(name, []).append((turn, _group(primitive, edit_cells, whole, device)))
+    for (_, point_turns), feature_cells in through.items():
+        _add_features(turned, feature_cells, point_turns, device)
+    for name, actions in turned.items():
+        plan.actions[name] = [action for _, action in sorted(actions, key=lambda item: item[0])]
     plan.valid_steps = horizon
     return plan
 
 
-def _steps_until_change(edit: PreparedEdit, span: Span) -> int | None:
+def _touched(edit: PreparedIntervention) -> list[str]:
+    """Names of the points an edit takes a turn at, each once: an edit of features reads some and writes some."""
+    points = (
+        (*edit.points_in, *edit.points_out) if isinstance(edit, PreparedFeatureEdit) else edit.hook_points
+    )
+    return list(dict.fromkeys(point.name for point in points))
+
+
+def _add_features(
+    turned: dict[str, list[tuple[int, SiteAction]]],
+    cells: _Cells[PreparedFeatureEdit],
+    point_turns: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    group = FeatureGroup(
+        cells.edits,
+        cells.counts(),
+        torch.tensor(cells.rows, device=device),
+        torch.tensor(cells.columns, device=device),
+        torch.tensor(cells.owner, device=device),
+    )
+    turn_at = dict(zip(_touched(cells.edits[0]), point_turns, strict=True))
+    # Where a point is read and written in the same turn, the reading comes first: sorting is stable.
+    for index, path in enumerate(group.paths):
+        name = group.points_in[path.source].name
+        turned.setdefault(name, []).append((turn_at[name], FeatureMeasurement(group, index)))
+    for sink in sorted({sink for path in group.paths for sink in path.sinks}):
+        name = group.points_out[sink].name
+        turned.setdefault(name, []).append((turn_at[name], FeatureWriting(group, sink)))
+
+
+def _steps_until_change(edit: PreparedIntervention, span: Span) -> int | None:
     """Further steps a decoding row's plan holds: 0 means plan anew for the next one."""
-    if edit.primitive is Primitive.REPLACE and edit.row_of:
+    if isinstance(edit, PreparedEdit) and edit.row_of:
         return 0
     if edit.positions.excluded_token_ids:
         return 0
@@ -145,7 +210,7 @@ def _earlier(one: int | None, other: int | None) -> int | None:
     return other if one is None else one if other is None else min(one, other)
 
 
-def _group(primitive: Primitive, cells: _Cells, whole: bool, device: torch.device) -> EditGroup:
+def _group(primitive: Primitive, cells: _Cells[PreparedEdit], whole: bool, device: torch.device) -> EditGroup:
     edits = cells.edits
     owner = torch.tensor(cells.owner, device=device)
     if primitive is Primitive.REPLACE:
@@ -169,19 +234,18 @@ def _group(primitive: Primitive, cells: _Cells, whole: bool, device: torch.devic
 
     keeps = [edit.preserve_norm for edit in edits]
     keep = torch.tensor(keeps, device=device)[owner, None] if any(keeps) else None
-    counts = [0] * len(edits)
-    for own in cells.owner:
-        counts[own] += 1
     return EditGroup(
         primitive=primitive,
         rows_N=torch.tensor(cells.rows, device=device),
         columns_N=torch.tensor(cells.columns, device=device),
         vectors_VNW=vectors,
-        plain_N1=column([edit.plain for edit in edits]),
-        scaled_N1=column([edit.scaled for edit in edits]) if any(edit.scaled for edit in edits) else None,
-        low_N1=column([edit.low for edit in edits]),
-        high_N1=column([edit.high for edit in edits]),
+        plain_N1=column([edit.scalars.plain for edit in edits]),
+        scaled_N1=column([edit.scalars.scaled for edit in edits])
+        if any(edit.scalars.scaled for edit in edits)
+        else None,
+        low_N1=column([edit.scalars.low for edit in edits]),
+        high_N1=column([edit.scalars.high for edit in edits]),
         keep_norm_N1=keep,
-        counts=list(zip(edits, counts, strict=True)),
+        counts=list(zip(edits, cells.counts(), strict=True)),
         whole=whole,
     )

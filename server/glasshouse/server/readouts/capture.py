@@ -30,10 +30,13 @@ _WHOLE_SHARE = 0.5
 
 @dataclass(eq=False, kw_only=True)
 class Share:
-    """The part of a capture that belongs to one readout of one row: `positions` read, at `columns` of the row."""
+    """The part of a capture that belongs to one readout of one row: `positions` read, at `columns` of the row. `source`:
+    which of the readout's hook points this is.
+    """
 
     row: int
     readout: PreparedReadout
+    source: int
     positions: list[int]
     columns: list[int]
     # Where its cells begin among those gathered; unused when the tensor is kept whole.
@@ -52,9 +55,7 @@ class SiteCapture:
 
     def take(self, tensor: Tensor, *, may_change: bool) -> None:
         """Captures from the live (B, T, W) activation, or the (B, H, T, S) attention map."""
-        if self.point.kind == "attention":
-            self.tensor = tensor.clone() if may_change else tensor
-        elif self.rows_N is None:
+        if self.point.kind == "attention" or self.rows_N is None:
             self.tensor = tensor.clone() if may_change else tensor
         else:
             self.tensor = tensor[self.rows_N, self.columns_N]
@@ -120,16 +121,19 @@ def plan_captures(
             positions = readout.positions.within(span.start, span.token_ids)
             if not positions:
                 continue
-            points[readout.point.name] = readout.point
-            shares.setdefault(readout.point.name, []).append(
-                Share(
-                    row=row,
-                    readout=readout,
-                    positions=positions,
-                    columns=[p - span.start for p in positions],
-                    offset=0,
+            columns = [p - span.start for p in positions]
+            for source, point in enumerate(readout.points):
+                points[point.name] = point
+                shares.setdefault(point.name, []).append(
+                    Share(
+                        row=row,
+                        readout=readout,
+                        source=source,
+                        positions=positions,
+                        columns=columns,
+                        offset=0,
+                    )
                 )
-            )
     for name, site_shares in shares.items():
         plan.sites[name] = _site(points[name], site_shares, len(spans) * n_columns, device)
     plan.valid_steps = horizon

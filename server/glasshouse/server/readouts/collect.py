@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from glasshouse.server.types.readouts import Array, PromptReadout, ReadoutValue, TopTokens
+from glasshouse.server.types.readouts import Array, FeatureRows, PromptReadout, ReadoutValue, TopTokens
 
 from .capture import CapturePlan, Share, SiteCapture, to_host
+from .features import FeatureTable, concatenate, encode_captures
 from .lens import top_tokens
 from .prepared import PreparedReadout
+
+# Feature rows of no position: indptr, ids, activations.
+NO_ROWS = (np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 # The residual stream (N, d_model) as logits (N, vocab).
 Lens = Callable[[Tensor], Tensor]
@@ -26,7 +30,7 @@ def collect_step(plan: CapturePlan, lens: Lens, stops: Sequence[int]) -> dict[in
         hosts: dict[str, Array] = {}
         for share in site.shares:
             readout = share.readout
-            if readout.lens_top_k or site.point.kind == "attention":
+            if not readout.is_plain or site.point.kind == "attention":
                 continue
             host = hosts.get(readout.dtype)
             if host is None:
@@ -42,6 +46,8 @@ def collect_step(plan: CapturePlan, lens: Lens, stops: Sequence[int]) -> dict[in
             rows = torch.cat([site.values(share) for share in shares])
             for share, tokens in zip(shares, top_tokens(lens(rows), top_k), strict=True):
                 found.setdefault(share.row, {})[share.readout.index] = tokens
+    for (row, index), table in encode_captures(plan).items():
+        found.setdefault(row, {})[index] = table.at(0)
     return found
 
 
@@ -62,18 +68,31 @@ class PromptCollector:
     _positions: dict[int, list[int]] = field(default_factory=dict)
     _pieces: dict[int, list[Array]] = field(default_factory=dict)
     _tokens: dict[int, list[TopTokens]] = field(default_factory=dict)
+    _features: dict[int, list[FeatureTable]] = field(default_factory=dict)
 
     def finish(self) -> tuple[PromptReadout, ...]:
         """Every readout, also those that covered no position of the prompt (with none)."""
         return tuple(self._whole(readout) for readout in self.readouts)
 
-    def add(self, plan: CapturePlan, row: int, stop: int, lens: Lens) -> None:
-        """Takes what `plan` captured for `row`, which attends to `stop` keys after this pass."""
+    def add(
+        self,
+        plan: CapturePlan,
+        row: int,
+        stop: int,
+        lens: Lens,
+        features: Mapping[tuple[int, int], FeatureTable],
+    ) -> None:
+        """Takes what `plan` captured for `row`, which attends to `stop` keys after this pass; `features` are those of
+        the whole pass (`encode_captures`).
+        """
         for site, share in plan:
-            if share.row != row:
+            if share.row != row or share.source:
                 continue
             index, readout = share.readout.index, share.readout
             self._positions.setdefault(index, []).extend(share.positions)
+            if readout.dictionary is not None:
+                self._features.setdefault(index, []).append(features[row, index])
+                continue
             values = site.values(share)
             if readout.lens_top_k:
                 self._tokens.setdefault(index, []).extend(top_tokens(lens(values), readout.lens_top_k))
@@ -93,7 +112,10 @@ class PromptCollector:
             positions = self._positions.get(readout.index)
             if not positions or positions[-1] != self.n_prompt - 1:
                 continue
-            if readout.lens_top_k:
+            if readout.dictionary is not None:
+                table = self._features[readout.index][-1]
+                found[readout.index] = table.at(len(table.ids) - 1)
+            elif readout.lens_top_k:
                 found[readout.index] = self._tokens[readout.index][-1]
             else:
                 piece = self._pieces[readout.index][-1]
@@ -102,8 +124,11 @@ class PromptCollector:
 
     def _whole(self, readout: PreparedReadout) -> PromptReadout:
         positions = tuple(self._positions.get(readout.index, ()))
-        values: Array | tuple[TopTokens, ...]
-        if readout.lens_top_k:
+        values: Array | tuple[TopTokens, ...] | FeatureRows
+        if readout.dictionary is not None:
+            tables = self._features.get(readout.index)
+            values = concatenate(tables).rows() if tables else FeatureRows(*NO_ROWS)
+        elif readout.lens_top_k:
             values = tuple(self._tokens.get(readout.index, ()))
         else:
             pieces = self._pieces.get(readout.index)

@@ -4,26 +4,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
 from glasshouse.server.types.hook_points import HookPoint
-from glasshouse.server.types.readouts import ReadActivations, ReadLogitLens, Readout, WireDType
+from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, ReadLogitLens, WireDType
 from glasshouse.server.types.selectors import ResolvedPositions
 from glasshouse.wire import reasons
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PreparedReadout:
-    """A readout ready to plan: activations sent as `dtype`, or with `lens_top_k` > 0 the logit lens."""
+    """A readout ready to plan: activations sent as `dtype`; with `lens_top_k` > 0 the logit lens; with a `dictionary` its
+    `top_k` strongest features or those of `feature_ids` (int64 (n,)), read at `points`, which are several for one that
+    reads several hook points.
+    """
 
     index: int
-    point: HookPoint
+    points: tuple[HookPoint, ...]
     positions: ResolvedPositions
     dtype: WireDType = "float32"
     lens_top_k: int = 0
+    dictionary: Dictionary | None = None
+    top_k: int = 0
+    feature_ids: Tensor | None = None
+
+    @property
+    def point(self) -> HookPoint:
+        """The (first) hook point it reads."""
+        return self.points[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the captured activation itself is the value."""
+        return not self.lens_top_k and self.dictionary is None
 
 
 def prepare(
-    readout: Readout, *, index: int, point: HookPoint, positions: ResolvedPositions, vocab_size: int, field: str
+    readout: ReadActivations | ReadLogitLens,
+    *,
+    index: int,
+    point: HookPoint,
+    positions: ResolvedPositions,
+    vocab_size: int,
+    field: str,
 ) -> PreparedReadout:
     """Checks `readout` against `point`. `field` is its path in the request.
 
@@ -41,7 +67,7 @@ def prepare(
         )
     match readout:
         case ReadActivations():
-            return PreparedReadout(index=index, point=point, positions=positions, dtype=readout.dtype)
+            return PreparedReadout(index=index, points=(point,), positions=positions, dtype=readout.dtype)
         case ReadLogitLens():
             if ".hook_resid_" not in point.name:
                 raise InvalidArgument(
@@ -59,4 +85,54 @@ def prepare(
                     value=readout.top_k,
                     remedy="ask for at least one token",
                 )
-            return PreparedReadout(index=index, point=point, positions=positions, lens_top_k=readout.top_k)
+            return PreparedReadout(
+                index=index, points=(point,), positions=positions, lens_top_k=readout.top_k
+            )
+
+
+# More than any reader looks at; bounds what one position can carry.
+MAX_TOP_K = 1024
+
+
+def prepare_features(
+    readout: ReadFeatures,
+    *,
+    index: int,
+    dictionary: Dictionary,
+    points: tuple[HookPoint, ...],
+    positions: ResolvedPositions,
+    device: torch.device,
+    field: str,
+) -> PreparedReadout:
+    """Checks a feature readout. `points` are the dictionary's input hook points; `field` its path in the request.
+
+    Raises:
+        InvalidArgument: both or neither of top_k and features, or a top_k out of range.
+        NotFound: a feature index out of range.
+    """
+    if bool(readout.top_k) == bool(readout.features):
+        raise InvalidArgument(
+            "give either top_k or features",
+            reason=reasons.FIELD_CONFLICT if readout.top_k else reasons.FIELD_REQUIRED,
+            field=f"{field}.features.top_k",
+            value=readout.top_k,
+            remedy="top_k for the strongest, features for named ones",
+        )
+    if not 0 <= readout.top_k <= MAX_TOP_K:
+        raise InvalidArgument(
+            f"top_k {readout.top_k} is not between 1 and {MAX_TOP_K}",
+            reason=reasons.VALUE_OUT_OF_RANGE,
+            field=f"{field}.features.top_k",
+            value=readout.top_k,
+            remedy="ask for fewer features, or use EncodeFeatures",
+        )
+    ids = torch.tensor(readout.features, dtype=torch.int64)
+    dictionary.check_feature_ids(ids, field=f"{field}.features.features")
+    return PreparedReadout(
+        index=index,
+        points=points,
+        positions=positions,
+        dictionary=dictionary,
+        top_k=readout.top_k,
+        feature_ids=ids.to(device) if readout.features else None,
+    )

@@ -52,7 +52,9 @@ class ServingError(Exception):
 
     def at(self, prefix: str) -> ServingError:
         """The same error with its field path put under `prefix` (in place; returns self)."""
-        joined = f"{prefix}.{self.field}" if self.field and not self.field.startswith("[") else prefix + self.field
+        joined = (
+            f"{prefix}.{self.field}" if self.field and not self.field.startswith("[") else prefix + self.field
+        )
         self.field = joined
         return self
 

@@ -57,12 +57,33 @@ class Replace:
     kind = "replace"
 
 
-Edit = AddVector | AblateDirection | CapProjection | Rotate | Replace
+@dataclass(frozen=True, kw_only=True)
+class SetFeatures:
+    """Features of a dictionary set to `values` (one each, or one for all), the rest of the activation kept."""
+
+    dictionary: str
+    features: tuple[int, ...]
+    values: tuple[float, ...]
+    kind = "set_features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFeatures:
+    """Features of a dictionary multiplied by `factors` (one each, or one for all)."""
+
+    dictionary: str
+    features: tuple[int, ...]
+    factors: tuple[float, ...]
+    kind = "scale_features"
+
+
+FeatureEdit = SetFeatures | ScaleFeatures
+Edit = AddVector | AblateDirection | CapProjection | Rotate | Replace | FeatureEdit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """One edit: where, at which positions, what."""
+    """One edit: where, at which positions, what. A feature edit leaves `hook_point` empty: its dictionary names it."""
 
     hook_point: str
     edit: Edit

@@ -27,6 +27,8 @@ class Limits:
     max_queued: int = 256
     # Keys and values of all running generations together, padded to the longest.
     max_cache_bytes: int = 4 << 30
+    # Weights of all dictionaries together, as they lie on disk.
+    max_dictionary_bytes: int = 64 << 30
     max_concurrent_requests: int = 512
     # Time.
     default_deadline_s: float = 600.0

@@ -34,7 +34,17 @@ class ReadLogitLens:
     positions: Selector = Selector.all()
 
 
-Readout = ReadActivations | ReadLogitLens
+@dataclass(frozen=True, kw_only=True)
+class ReadFeatures:
+    """Features of a dictionary: the `top_k` strongest a position, or the given `features` (zeros included)."""
+
+    dictionary: str
+    top_k: int = 0
+    features: tuple[int, ...] = ()
+    positions: Selector = Selector.all()
+
+
+Readout = ReadActivations | ReadLogitLens | ReadFeatures
 
 
 @dataclass(frozen=True)
@@ -45,19 +55,43 @@ class TopTokens:
     logprobs: Array
 
 
-# Of one position: (width,) or (n_heads, n_keys) arrays, or top tokens.
-ReadoutValue = Array | TopTokens
+@dataclass(frozen=True)
+class FeatureActivations:
+    """Features of one position: `ids` int32 (k,), `activations` float32 (k,)."""
+
+    ids: Array
+    activations: Array
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features of several positions as compressed sparse rows: `indptr` int64 (n + 1,), `ids` int32 (nnz,),
+    `activations` float32 (nnz,).
+    """
+
+    indptr: Array
+    ids: Array
+    activations: Array
+
+    def row(self, index: int) -> FeatureActivations:
+        """The features of one position."""
+        low, high = int(self.indptr[index]), int(self.indptr[index + 1])
+        return FeatureActivations(self.ids[low:high], self.activations[low:high])
+
+
+# Of one position: (width,) or (n_heads, n_keys) arrays, or top tokens, or features.
+ReadoutValue = Array | TopTokens | FeatureActivations
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReadout:
     """One readout over a prompt: `positions` ascending; `values` (n_positions, width), or (n_heads, n_positions,
-    n_prompt) for attention maps, or one TopTokens a position.
+    n_prompt) for attention maps, or one TopTokens a position, or feature rows.
     """
 
     readout: int
     positions: tuple[int, ...]
-    values: Array | tuple[TopTokens, ...]
+    values: Array | tuple[TopTokens, ...] | FeatureRows
 
 
 # What was read at one position, by readout index.

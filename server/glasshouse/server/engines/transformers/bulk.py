@@ -50,7 +50,7 @@ class Scorer:
         last = min(span.stop, len(self._tokens) - 1)
         cells = [(row, position - span.start) for position in range(span.start, last)]
         chunk = max(1, _LOGIT_ELEMENTS // model.loaded.vocab_size)
-        if UNEMBED in fed.planned.edits.groups:
+        if UNEMBED in fed.planned.edits.actions:
             # Edited logits are made in one piece, the last position's included, so that each edit runs once at each.
             cells = [(row, column) for column in range(len(span.token_ids))]
             chunk = len(cells)

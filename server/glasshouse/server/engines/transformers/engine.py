@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import torch
 
+from glasshouse.server.dictionaries.store import DictionaryStore
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation
 from glasshouse.server.hooks.table import HookTable
@@ -43,9 +44,10 @@ from .scheduler import Scheduler, SchedulerSettings
 from .stream import EventStream, hand_over, unavailable
 
 _log = structlog.get_logger(__name__)
-CAPABILITIES = ("generate", "score", "extract", "intervene", "readout", "logit_lens")
+CAPABILITIES = ("generate", "score", "extract", "intervene", "readout", "logit_lens", "features")
 # Forward-only requests wait in a queue of their own.
 _MAX_JOBS = 64
+T = TypeVar("T")
 
 
 class TransformersEngine(Engine):
@@ -83,7 +85,10 @@ class TransformersEngine(Engine):
             special_token_ids=loaded.special_token_ids,
             capabilities=CAPABILITIES,
         )
-        self._preparation = Preparation(info=self._info, table=self._table, device=loaded.device)
+        self._dictionaries = DictionaryStore(limits.max_dictionary_bytes)
+        self._preparation = Preparation(
+            info=self._info, table=self._table, device=loaded.device, dictionaries=self._dictionaries
+        )
         self._model = Model(loaded, self._table)
         position_bytes = 2 * loaded.n_layers * loaded.n_kv_heads * loaded.d_head * loaded.dtype.itemsize
         self._settings = replace(
@@ -118,10 +123,17 @@ class TransformersEngine(Engine):
         """Its hook points."""
         return self._table.points
 
+    @property
+    def dictionaries(self) -> DictionaryStore:
+        """The dictionaries that requests may name."""
+        return self._dictionaries
+
     def status(self) -> EngineStatus:
         """The engine now; counts are of the last step."""
         healthy = self._thread is not None and self._thread.is_alive() and not self._failure
-        queued = len(self._scheduler.waiting) + sum(isinstance(item, GenerationRow) for item in tuple(self._inbox))
+        queued = len(self._scheduler.waiting) + sum(
+            isinstance(item, GenerationRow) for item in tuple(self._inbox)
+        )
         return EngineStatus(
             running=self._scheduler.n_running, queued=queued, healthy=healthy, reason=self._failure
         )
@@ -145,7 +157,7 @@ class TransformersEngine(Engine):
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[GenerationEvent]]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[GenerationEvent], None]:
         """Events in batches; see `Engine`."""
         self._preparation.check_tokens(request.prompt, max_tokens=request.max_tokens, field="input")
         self._admit(queued=self.status().queued, most=self._limits.max_queued)
@@ -162,7 +174,7 @@ class TransformersEngine(Engine):
             eos_token_ids=self._info.eos_token_ids,
             stream=stream,
         )
-        async with aclosing(self._submit(row)) as batches:
+        async with aclosing(self._submit(row, stream)) as batches:
             async for batch in batches:
                 yield batch
 
@@ -183,14 +195,12 @@ class TransformersEngine(Engine):
         )
         stream: EventStream[ScoreResult] = self._stream()
         item = BulkInput(index=0, prompt=Prompt(tokens=request.tokens, edits=edits, readouts=()))
-        results = [
-            result
-            async for batch in self._submit(ScoreJob(self._model, item, request.top_k, stream))
-            for result in batch
-        ]
+        job = ScoreJob(self._model, item, request.top_k, stream)
+        async with aclosing(self._submit(job, stream)) as batches:
+            results = [result async for batch in batches for result in batch]
         return results[0]
 
-    async def extract(self, request: ExtractionRequest) -> AsyncIterator[ExtractedInput]:
+    async def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         """Each input as it is done; see `Engine`."""
         self._admit(queued=len(self._scheduler.jobs), most=_MAX_JOBS)
         inputs = []
@@ -211,7 +221,8 @@ class TransformersEngine(Engine):
                 )
             )
         stream: EventStream[ExtractedInput] = self._stream()
-        async with aclosing(self._submit(ExtractionJob(self._model, inputs, stream))) as batches:
+        job = ExtractionJob(self._model, inputs, stream)
+        async with aclosing(self._submit(job, stream)) as batches:
             async for batch in batches:
                 for extracted in batch:
                     yield extracted
@@ -245,10 +256,12 @@ class TransformersEngine(Engine):
             wake_engine=self._signal,
         )
 
-    async def _submit(self, item: GenerationRow | AnyJob) -> AsyncIterator[Sequence[Any]]:
+    async def _submit(
+        self, item: GenerationRow | AnyJob, stream: EventStream[T]
+    ) -> AsyncGenerator[Sequence[T], None]:
         self._inbox.append(item)
         self._signal()
-        async with aclosing(item.stream.batches()) as batches:
+        async with aclosing(stream.batches()) as batches:
             async for batch in batches:
                 yield batch
 
@@ -293,5 +306,3 @@ class TransformersEngine(Engine):
         over = hand_over(self._streams)
         if over:
             self._streams = [stream for stream in self._streams if stream not in over]
-
-

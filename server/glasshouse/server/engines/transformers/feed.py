@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from glasshouse.server.hooks.table import HookTable
-from glasshouse.server.interventions.edits import PreparedEdit
+from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.readouts.collect import PromptCollector
+from glasshouse.server.readouts.features import encode_captures
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.spans import Span
 
@@ -28,7 +29,7 @@ class Prompt:
     """One prompt to feed, and what is done and read on the way."""
 
     tokens: Sequence[int]
-    edits: Sequence[PreparedEdit]
+    edits: Sequence[PreparedIntervention]
     readouts: Sequence[PreparedReadout]
 
 
@@ -97,8 +98,9 @@ class PromptFeed:
         try:
             hidden = run(loaded, planned, ids.to(loaded.device), positions, self.cache)
             look(FedPass(planned=planned, spans=spans, hidden_BTD=hidden))
+            features = encode_captures(planned.captures)
             for row, collector in enumerate(self.collectors):
-                collector.add(planned.captures, row, spans[row].stop, self._model.lens)
+                collector.add(planned.captures, row, spans[row].stop, self._model.lens, features)
         finally:
             planned.close()
         self._fed = stop

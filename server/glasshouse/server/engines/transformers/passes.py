@@ -18,8 +18,8 @@ from torch import Tensor
 from glasshouse.server.hooks.attachment import Attachment, attach
 from glasshouse.server.hooks.attention import AttentionMemory
 from glasshouse.server.hooks.table import HookTable
-from glasshouse.server.interventions.edits import PreparedEdit
-from glasshouse.server.interventions.plan import EditPlan, plan_edits
+from glasshouse.server.interventions.edits import PreparedIntervention
+from glasshouse.server.interventions.plan import EditGroup, EditPlan, plan_edits
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.readouts.capture import CapturePlan, plan_captures
 from glasshouse.server.readouts.prepared import PreparedReadout
@@ -36,7 +36,7 @@ class PlannedPass:
         self,
         table: HookTable,
         spans: Sequence[Span],
-        edits: Sequence[Sequence[PreparedEdit]],
+        edits: Sequence[Sequence[PreparedIntervention]],
         readouts: Sequence[Sequence[PreparedReadout]],
         *,
         n_columns: int,
@@ -44,12 +44,14 @@ class PlannedPass:
         device = table.loaded.device
         self.edits: EditPlan = plan_edits(spans, edits, n_columns=n_columns, device=device)
         self.captures: CapturePlan = plan_captures(spans, readouts, n_columns=n_columns, device=device)
-        self._may_change = bool(self.edits.groups)
-        self._sites = (self.edits.groups.keys() | self.captures.sites.keys()) - {UNEMBED}
+        self._may_change = bool(self.edits.actions)
+        self._sites = (self.edits.actions.keys() | self.captures.sites.keys()) - {UNEMBED}
         self._ran: set[str] = set()
         # Other passes run between the steps that a plan for decoding rows spans: its taps stay on, and look away.
         self._running = False
-        self._attachment: Attachment | None = attach(table, self._sites, self._at_site) if self._sites else None
+        self._attachment: Attachment | None = (
+            attach(table, self._sites, self._at_site) if self._sites else None
+        )
 
     @property
     def valid_steps(self) -> int | None:
@@ -57,18 +59,23 @@ class PlannedPass:
         steps = [s for s in (self.edits.valid_steps, self.captures.valid_steps) if s is not None]
         return min(steps, default=None)
 
+    @property
+    def _logit_edits(self) -> list[EditGroup]:
+        actions = self.edits.actions.get(UNEMBED, [])
+        # No dictionary reads or writes logits.
+        return [action for action in actions if isinstance(action, EditGroup)]
+
     def _at_site(self, point: HookPoint, tensor: Tensor) -> bool:
         if not self._running:
             return False
-        groups = self.edits.groups.get(point.name)
-        if groups:
-            for group in groups:
-                group.apply(tensor)
+        actions = self.edits.actions.get(point.name, ())
+        for action in actions:
+            action.apply(tensor)
         site = self.captures.sites.get(point.name)
         if site is not None:
             site.take(tensor, may_change=self._may_change)
         self._ran.add(point.name)
-        return bool(groups)
+        return bool(actions)
 
     def begin(self) -> None:
         """Books what this pass owes the edits."""
@@ -87,11 +94,9 @@ class PlannedPass:
 
     def at_logits(self, logits_NV: Tensor, cells: dict[tuple[int, int], int]) -> None:
         """Edits and captures the logits of `cells`, (row, column) -> row of `logits_NV`, in place."""
-        groups = self.edits.groups.get(UNEMBED, ())
-        if groups:
-            grid = logits_NV[:, None]
-            for group in groups:
-                group.remapped(cells).apply(grid)
+        grid = logits_NV[:, None]
+        for group in self._logit_edits:
+            group.remapped(cells).apply(grid)
         site = self.captures.sites.get(UNEMBED)
         if site is not None:
             rows = [cells[share.row, column] for share in site.shares for column in share.columns]
@@ -100,7 +105,7 @@ class PlannedPass:
 
     def logit_cells(self) -> set[tuple[int, int]]:
         """Cells whose logits are edited or captured."""
-        cells = {cell for group in self.edits.groups.get(UNEMBED, ()) for cell in group.cells()}
+        cells = {cell for group in self._logit_edits for cell in group.cells()}
         site = self.captures.sites.get(UNEMBED)
         if site is not None:
             cells |= {(share.row, column) for share in site.shares for column in share.columns}
@@ -146,7 +151,7 @@ def logits_at(
         index = torch.tensor(cells, device=hidden_BTD.device)
         hidden_ND = hidden_BTD[index[:, 0], index[:, 1]]
     raw_NV, capped_NV = loaded.family.unembed(loaded.model, hidden_ND)
-    if extra or UNEMBED in planned.edits.groups or UNEMBED in planned.captures.sites:
+    if extra or UNEMBED in planned.edits.actions or UNEMBED in planned.captures.sites:
         planned.at_logits(raw_NV, {cell: row for row, cell in enumerate(cells)})
         capped_NV = _soft_cap(raw_NV, loaded.family.final_logit_softcap)
     return capped_NV[: len(wanted)].float()

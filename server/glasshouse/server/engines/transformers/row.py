@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from glasshouse.server.engines.preparation import receipt
-from glasshouse.server.interventions.edits import PreparedEdit
+from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.errors import FailedPrecondition, ServingError
@@ -20,7 +20,13 @@ from glasshouse.server.types.generation import (
     Prefilled,
     Usage,
 )
-from glasshouse.server.types.readouts import PromptReadout, ReadoutValue, TopTokens
+from glasshouse.server.types.readouts import (
+    FeatureActivations,
+    FeatureRows,
+    PromptReadout,
+    ReadoutValue,
+    TopTokens,
+)
 from glasshouse.wire import reasons
 
 from .sampler import RowSampler
@@ -70,7 +76,7 @@ class GenerationRow:
         self,
         request: GenerationRequest,
         *,
-        edits: tuple[PreparedEdit, ...],
+        edits: tuple[PreparedIntervention, ...],
         readouts: tuple[PreparedReadout, ...],
         codec: TextCodec,
         eos_token_ids: Sequence[int],
@@ -194,4 +200,6 @@ def _n_bytes(values: object) -> int:
         return sum(_n_bytes(value) for value in values)
     if isinstance(values, TopTokens):
         return values.token_ids.nbytes + values.logprobs.nbytes
+    if isinstance(values, FeatureActivations | FeatureRows):
+        return values.ids.nbytes + values.activations.nbytes
     return int(getattr(values, "nbytes", 0))

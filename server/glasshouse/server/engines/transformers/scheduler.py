@@ -195,6 +195,8 @@ class Scheduler:
 
 def defect(error: Exception) -> Internal:
     """Our own failure, as a status; the cause travels along for the log."""
-    wrapped = Internal("the engine failed on this request", reason=reasons.DEFECT, remedy="report it with the request id")
+    wrapped = Internal(
+        "the engine failed on this request", reason=reasons.DEFECT, remedy="report it with the request id"
+    )
     wrapped.__cause__ = error
     return wrapped

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from glasshouse.server.types.errors import ResourceExhausted, Unavailable
@@ -94,7 +94,7 @@ class EventStream(Generic[T]):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def batches(self) -> AsyncIterator[Sequence[T]]:
+    async def batches(self) -> AsyncGenerator[Sequence[T], None]:
         """Events as they come, several at once where the reader is behind. Leaving early cancels the request."""
         try:
             while True:
@@ -145,4 +145,6 @@ def _run_all(calls: Sequence[Callable[[], None]]) -> None:
 
 def unavailable(reason: str) -> Unavailable:
     """What a stream ends with when the engine stops."""
-    return Unavailable(reason, reason=reasons.ENGINE_STOPPED, remedy="try again when the server is back", retry_after_s=5.0)
+    return Unavailable(
+        reason, reason=reasons.ENGINE_STOPPED, remedy="try again when the server is back", retry_after_s=5.0
+    )
