@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from tests.server.dictionaries import reference as ref
+from torch import Tensor
+
 from glasshouse.server.dictionaries import encode as tiled
 from glasshouse.server.dictionaries.architectures import (
     AbsTopK,
@@ -23,9 +26,6 @@ from glasshouse.server.dictionaries.linear import LinearDictionary
 from glasshouse.server.dictionaries.normalisation import ConstantNorm, FixedScale, LayerNorm, Standardise
 from glasshouse.server.dictionaries.parameters import DecoderBlock, DecoderScale
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, NotFound
-from torch import Tensor
-
-from tests.server.dictionaries import reference as ref
 
 N, D, F = 13, 24, 320
 HOOK = ("blocks.1.hook_resid_post",)
@@ -166,7 +166,9 @@ def test_decoder_norm_scale(keep: bool, activation: Activation) -> None:
     fired = nonlinearity(scaled)
     f = fired if keep else fired / n
     y = (fired / n) @ W_dec + b_dec
-    agree(dictionary, X, f, y) if activation.name != "abstopk" or keep else ref.close(dictionary.reconstruct(X), y)
+    agree(dictionary, X, f, y) if activation.name != "abstopk" or keep else ref.close(
+        dictionary.reconstruct(X), y
+    )
     ids = torch.tensor([3, 8])
     ref.close(dictionary.decoder_rows(ids), (W_dec / n[:, None] if keep else W_dec)[ids])
 
@@ -182,8 +184,12 @@ def _normalised(x: Tensor, name: str) -> tuple[Tensor, Tensor | float, Tensor | 
     return x * 0.25, 1 / 0.5, 0.0
 
 
-@pytest.mark.parametrize("normalisation", [LayerNorm(), ConstantNorm(), None], ids=["layer", "constant", "fixed"])
-def test_normalisation_comes_before_the_bias_and_is_undone(normalisation: LayerNorm | ConstantNorm | None) -> None:
+@pytest.mark.parametrize(
+    "normalisation", [LayerNorm(), ConstantNorm(), None], ids=["layer", "constant", "fixed"]
+)
+def test_normalisation_comes_before_the_bias_and_is_undone(
+    normalisation: LayerNorm | ConstantNorm | None,
+) -> None:
     fixed = FixedScale(scale_in=torch.full((1, 1), 0.25), scale_out=torch.full((1, 1), 0.5))
     dictionary = LinearDictionary(
         "d",
@@ -385,7 +391,9 @@ def test_refusals_name_the_feature_and_the_parts() -> None:
         dictionary.decoder_rows(torch.tensor([F]))
     with pytest.raises(InvalidArgument, match="k is 0"):
         dictionary.encode_top_k(X, 0)
-    with pytest.raises(FailedPrecondition, match=r"decoder of group 0 .* is \(319, 24\), expected \(320, 24\)"):
+    with pytest.raises(
+        FailedPrecondition, match=r"decoder of group 0 .* is \(319, 24\), expected \(320, 24\)"
+    ):
         single_site(
             W_enc=W_ENC,
             W_dec=W_DEC[:-1],
