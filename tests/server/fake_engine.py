@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -109,6 +110,10 @@ class FakeEngine(Engine):
             )
             for layer in range(N_LAYERS)
         ]  # fmt: skip
+
+    @property
+    def dictionaries(self) -> Any:
+        raise NotImplementedError("the fake engine has no dictionaries")
 
     async def start(self) -> None:
         self.stopped = False

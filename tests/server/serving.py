@@ -57,7 +57,11 @@ class Served:
         from prometheus_client import generate_latest
 
         lines = generate_latest(self.server.metrics.registry).decode().splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if not line.startswith("#")
+        }
 
 
 @asynccontextmanager

@@ -192,6 +192,8 @@ def _create_engine(name: str, settings: EngineSettings) -> Engine:
 
 
 def _run(arguments: argparse.Namespace, engine_factory: EngineFactory | None) -> int:
+    # What gRPC's core would print on a taken port, we say ourselves.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from glasshouse.server.transport.logs import build_logger, route_library_logs
     except ModuleNotFoundError as error:
@@ -217,8 +219,7 @@ async def _serve(settings: Settings, log: Logger, create: EngineFactory) -> int:
                 stack.enter_context(page)
         except (ListenError, KeyFileError) as error:
             raise StartError(str(error)) from error
-        engine = create(settings.model.engine, wanted)
-        await engine.start()
+        engine = await _ready(create, settings.model.engine, wanted, log)
         try:
             await server.start([engine])
             stopping = _stop_on_signals(log)
@@ -232,6 +233,20 @@ async def _serve(settings: Settings, log: Logger, create: EngineFactory) -> int:
             await server.stop()
     log.info("stopped")
     return 0
+
+
+async def _ready(create: EngineFactory, name: str, wanted: EngineSettings, log: Logger) -> Engine:
+    """An engine that has been started. Loading blocks the loop: there is nothing else to do yet."""
+    try:
+        engine = create(name, wanted)
+        await engine.start()
+    except (StartError, ServingError):
+        raise
+    except Exception as error:
+        log.debug("the engine did not start", exc_info=error)
+        what = f"{type(error).__name__}: {error}".strip()
+        raise StartError(f"{wanted.model} cannot be served: {what}; --log-level debug shows where") from error
+    return engine
 
 
 def _stop_on_signals(log: Logger) -> asyncio.Event:

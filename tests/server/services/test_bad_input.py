@@ -12,7 +12,14 @@ from google.rpc import error_details_pb2
 
 from glasshouse.server.types.configuration import Settings
 from glasshouse.server.types.limits import Limits
-from glasshouse.v1 import activations_pb2, generation_pb2, inputs_pb2, interventions_pb2, models_pb2, tensors_pb2
+from glasshouse.v1 import (
+    activations_pb2,
+    generation_pb2,
+    inputs_pb2,
+    interventions_pb2,
+    models_pb2,
+    tensors_pb2,
+)
 from glasshouse.wire.tensors import pack
 
 from ..fake_engine import FakeEngine
@@ -152,9 +159,27 @@ GENERATE: list[tuple[str, Change, str, str, str]] = [
     ("absurd max_tokens", setting(max_tokens=2**31 - 1), INVALID, "CONTEXT_EXCEEDED", "max_tokens"),
     ("max_tokens one over", setting(max_tokens=509), INVALID, "CONTEXT_EXCEEDED", "max_tokens"),
     ("max_tokens over limit", setting(max_tokens=101), EXHAUSTED, "LIMIT_EXCEEDED", "max_tokens"),
-    ("nan temperature", setting(sampling__temperature=NAN), INVALID, "VALUE_NOT_FINITE", "sampling.temperature"),
-    ("inf temperature", setting(sampling__temperature=INF), INVALID, "VALUE_NOT_FINITE", "sampling.temperature"),
-    ("negative temperature", setting(sampling__temperature=-1), INVALID, "VALUE_OUT_OF_RANGE", "sampling.temperature"),
+    (
+        "nan temperature",
+        setting(sampling__temperature=NAN),
+        INVALID,
+        "VALUE_NOT_FINITE",
+        "sampling.temperature",
+    ),
+    (
+        "inf temperature",
+        setting(sampling__temperature=INF),
+        INVALID,
+        "VALUE_NOT_FINITE",
+        "sampling.temperature",
+    ),
+    (
+        "negative temperature",
+        setting(sampling__temperature=-1),
+        INVALID,
+        "VALUE_OUT_OF_RANGE",
+        "sampling.temperature",
+    ),
     ("hot", setting(sampling__temperature=101), INVALID, "VALUE_OUT_OF_RANGE", "sampling.temperature"),
     ("zero top_p", setting(sampling__top_p=0), INVALID, "VALUE_OUT_OF_RANGE", "sampling.top_p"),
     ("large top_p", setting(sampling__top_p=1.01), INVALID, "VALUE_OUT_OF_RANGE", "sampling.top_p"),
@@ -202,8 +227,20 @@ GENERATE: list[tuple[str, Change, str, str, str]] = [
         "TENSOR_MALFORMED",
         f"{PATH}.vector.shape[0]",
     ),
-    ("nan coefficient", add(pack(VECTOR), coefficient=NAN), INVALID, "VALUE_NOT_FINITE", f"{PATH}.coefficient"),
-    ("absurd coefficient", add(pack(VECTOR), coefficient=1e39), INVALID, "VALUE_NOT_FINITE", f"{PATH}.coefficient"),
+    (
+        "nan coefficient",
+        add(pack(VECTOR), coefficient=NAN),
+        INVALID,
+        "VALUE_NOT_FINITE",
+        f"{PATH}.coefficient",
+    ),
+    (
+        "absurd coefficient",
+        add(pack(VECTOR), coefficient=1e39),
+        INVALID,
+        "VALUE_NOT_FINITE",
+        f"{PATH}.coefficient",
+    ),
     ("unknown scale", add(pack(VECTOR), scale=9), INVALID, "VALUE_OUT_OF_RANGE", f"{PATH}.scale"),
     ("zero direction", add(pack(0 * VECTOR), scale=2), INVALID, "VALUE_OUT_OF_RANGE", f"{PATH}.vector"),
     (
@@ -250,7 +287,13 @@ GENERATE: list[tuple[str, Change, str, str, str]] = [
     ),
     (
         "infinite angle",
-        edit(rotate={"first": pack(VECTOR), "second": pack(np.eye(8, dtype=np.float32)[0]), "angle_radians": INF}),
+        edit(
+            rotate={
+                "first": pack(VECTOR),
+                "second": pack(np.eye(8, dtype=np.float32)[0]),
+                "angle_radians": INF,
+            }
+        ),
         INVALID,
         "VALUE_NOT_FINITE",
         "interventions[0].rotate.angle_radians",
@@ -323,7 +366,13 @@ GENERATE: list[tuple[str, Change, str, str, str]] = [
         "interventions[0].positions.span",
     ),
     ("no readout", read(), INVALID, "FIELD_REQUIRED", "readouts[0]"),
-    ("nowhere to read", read(activations={}), INVALID, "FIELD_REQUIRED", "readouts[0].activations.hook_point"),
+    (
+        "nowhere to read",
+        read(activations={}),
+        INVALID,
+        "FIELD_REQUIRED",
+        "readouts[0].activations.hook_point",
+    ),
     (
         "integer readout",
         read(activations={"hook_point": HOOK, "dtype": 4}),
@@ -382,7 +431,13 @@ EXTRACT: list[tuple[str, Change, str, str, str]] = [
     ("no inputs", lambda r: r.ClearField("inputs"), INVALID, "FIELD_REQUIRED", "inputs"),
     ("empty input", more_inputs(""), INVALID, "EMPTY_INPUT", "inputs[1]"),
     ("inputless input", lambda r: r.inputs.add(), INVALID, "FIELD_REQUIRED", "inputs[1]"),
-    ("two forms", lambda r: r.inputs.add(text="a", token_ids=[1]), INVALID, "FIELD_CONFLICT", "inputs[1].token_ids"),
+    (
+        "two forms",
+        lambda r: r.inputs.add(text="a", token_ids=[1]),
+        INVALID,
+        "FIELD_CONFLICT",
+        "inputs[1].token_ids",
+    ),
     ("long input", more_inputs("x" * 512), INVALID, "CONTEXT_EXCEEDED", "inputs[1]"),
     ("many inputs", more_inputs("a", "b", "c"), EXHAUSTED, "LIMIT_EXCEEDED", "inputs"),
     ("many tokens", more_inputs("x" * 300, "x" * 300), EXHAUSTED, "LIMIT_EXCEEDED", "inputs"),

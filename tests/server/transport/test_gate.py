@@ -46,7 +46,11 @@ async def settled(engine: FakeEngine) -> None:
 async def test_request_ids_are_echoed_or_made() -> None:
     async with serving() as served:
         assert await sent_id(served, ("x-request-id", "my-id.1")) == "my-id.1"
-        made = {await sent_id(served), await sent_id(served), await sent_id(served, ("x-request-id", "no good!"))}
+        made = {
+            await sent_id(served),
+            await sent_id(served),
+            await sent_id(served, ("x-request-id", "no good!")),
+        }
         assert len(made) == 3
         assert all(len(one) == 32 for one in made)
         assert len(await sent_id(served, ("x-request-id", "x" * 129))) == 32
@@ -66,7 +70,11 @@ async def test_each_request_is_one_line_of_the_log() -> None:
     assert (good["prompt_tokens"], good["generated_tokens"]) == (4, 5)
     assert good["duration_ms"] > 0
     assert good["peer"].startswith("ipv4:127.0.0.1:")
-    assert (bad["code"], bad["reason"], bad["field"]) == ("INVALID_ARGUMENT", "VALUE_OUT_OF_RANGE", "max_tokens")
+    assert (bad["code"], bad["reason"], bad["field"]) == (
+        "INVALID_ARGUMENT",
+        "VALUE_OUT_OF_RANGE",
+        "max_tokens",
+    )
 
 
 async def test_a_defect_is_logged_in_full_and_told_in_nothing() -> None:
@@ -107,7 +115,9 @@ async def test_the_servers_deadline_ends_a_generation_with_a_status() -> None:
         await settled(engine)
         # A longer one is capped.
         start = perf_counter()
-        assert (await refusal(lambda: served.generation.Generate(request(500), timeout=50))).reason == "DEADLINE"
+        assert (
+            await refusal(lambda: served.generation.Generate(request(500), timeout=50))
+        ).reason == "DEADLINE"
         assert 0.35 < perf_counter() - start < 0.7
 
 
@@ -153,7 +163,9 @@ async def test_200_clients_that_vanish_leave_nothing() -> None:
         assert engine.most_running > 1
         metrics = served.metrics()
         assert metrics["glasshouse_active_requests"] == 0
-        assert metrics['glasshouse_requests_total{code="CANCELLED",method="GenerationService/Generate"}'] == 220
+        assert (
+            metrics['glasshouse_requests_total{code="CANCELLED",method="GenerationService/Generate"}'] == 220
+        )
         assert len(await events_of(served.generation.Generate(request()))) > 3
 
 
@@ -194,7 +206,9 @@ def resident_bytes() -> int:
 async def test_more_than_the_bound_is_refused_at_once_with_a_delay() -> None:
     engine = FakeEngine(step_s=0.005)
     async with serving(engine, settings=Settings(limits=Limits(max_concurrent_requests=3))) as served:
-        running = [asyncio.ensure_future(events_of(served.generation.Generate(request(100)))) for _ in range(3)]
+        running = [
+            asyncio.ensure_future(events_of(served.generation.Generate(request(100)))) for _ in range(3)
+        ]
         while engine.running < 3:
             await asyncio.sleep(0.005)
         start = perf_counter()

@@ -64,7 +64,9 @@ def test_a_distribution_is_cumulative() -> None:
     seconds.observe(0.1)
     seconds.observe(0.5, 3)
     seconds.observe(7)
-    samples = {sample.labels.get("le", sample.name): sample.value for sample in seconds.family("s", "t").samples}
+    samples = {
+        sample.labels.get("le", sample.name): sample.value for sample in seconds.family("s", "t").samples
+    }
     assert samples == {"0.1": 1, "1.0": 4, "+Inf": 5, "s_count": 5, "s_sum": pytest.approx(8.6)}
 
 
@@ -77,7 +79,9 @@ async def test_counts_follow_the_requests() -> None:
         metrics = served.metrics()
     assert metrics['glasshouse_requests_total{code="OK",method="GenerationService/Generate"}'] == 1
     assert metrics['glasshouse_requests_total{code="OK",method="GenerationService/Score"}'] == 1
-    assert metrics['glasshouse_requests_total{code="INVALID_ARGUMENT",method="GenerationService/Generate"}'] == 1
+    assert (
+        metrics['glasshouse_requests_total{code="INVALID_ARGUMENT",method="GenerationService/Generate"}'] == 1
+    )
     assert metrics["glasshouse_request_seconds_count"] == 3
     assert metrics["glasshouse_time_to_first_token_seconds_count"] == 1
     assert metrics["glasshouse_inter_token_seconds_count"] == 9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from glasshouse.server.types.errors import InvalidArgument, ResourceExhausted
+from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from glasshouse.wire import reasons
 
 # Largest finite float32: model code computes in float32 or less, where anything larger is infinite.
@@ -26,6 +26,17 @@ def out_of_range(field: str, value: object, bounds: str) -> InvalidArgument:
         field=field,
         value=value,
         remedy=f"give a value {bounds}",
+    )
+
+
+def not_served(field: str, kind: str) -> FailedPrecondition:
+    """The error of something the protocol has and this server does not."""
+    return FailedPrecondition(
+        f"{field}: this server does not serve {kind}",
+        reason=reasons.CAPABILITY_MISSING,
+        field=field,
+        value=kind,
+        remedy="use another kind, or a server whose model lists the capability",
     )
 
 

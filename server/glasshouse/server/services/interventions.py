@@ -54,6 +54,9 @@ def receipts(entries: Sequence[InterventionReceipt]) -> list[pb.InterventionRece
 
 
 def _intervention(message: pb.Intervention, field: str, limits: Limits) -> Intervention:
+    kind = message.WhichOneof("edit")
+    if kind is not None and kind not in _EDITS:
+        raise fields.not_served(f"{field}.{kind}", kind)
     if not message.hook_point:
         raise fields.required(
             f"{field}.hook_point", "where to edit", "name a writable hook point; ListHookPoints lists them"

@@ -65,8 +65,10 @@ def _readout(message: pb.Readout, field: str, limits: Limits) -> Readout:
             return ReadLogitLens(
                 hook_point=_hook_point(lens.hook_point, path), top_k=top_k, positions=positions
             )
-        case _:
+        case None:
             raise fields.required(field, "what to read", "set one of activations, logit_lens")
+        case other:
+            raise fields.not_served(f"{field}.{other}", other)
 
 
 def _hook_point(name: str, field: str) -> str:
