@@ -37,6 +37,7 @@ class Oracle:
             "hook_resid_pre": (block, True),
             "hook_resid_mid": (block.post_attention_layernorm, True),
             "hook_resid_post": (block, False),
+            "ln2.hook_out": (block.post_attention_layernorm, False),
             "hook_attn_out": (block.self_attn, False),
             "hook_mlp_out": (block.mlp, False),
             "attn.hook_q": (block.self_attn.q_proj, False),

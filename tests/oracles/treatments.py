@@ -16,7 +16,7 @@ from glasshouse.server.types.interventions import (
     Replace,
     Rotate,
 )
-from glasshouse.server.types.selectors import NamedPositions, Selector
+from glasshouse.server.types.selectors import EVERYWHERE, NamedPositions, Selector
 
 from . import formulas
 from .formulas import Formula
@@ -68,7 +68,7 @@ def part(
     keep: bool = False,
 ) -> Part:
     """At every position unless told otherwise."""
-    where = positions or Selector.all()
+    where = positions or EVERYWHERE
     ours = Intervention(hook_point=name, edit=edit, positions=where, preserve_norm=keep)
     return Part(ours, covers, formula)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.server.types.limits import Limits
-from glasshouse.server.types.selectors import NamedPositions, Selector
+from glasshouse.server.types.selectors import EVERYWHERE, NamedPositions, Selector
 from glasshouse.v1 import inputs_pb2 as pb
 from glasshouse.wire import reasons
 
@@ -22,7 +22,7 @@ _CHOICES = "all, prompt, generated, last, a list or a span"
 def selector(message: pb.PositionSelector, present: bool, field: str, limits: Limits) -> Selector:
     """The selector of a request; every position where the message is absent."""
     if not present:
-        return Selector.all()
+        return EVERYWHERE
     bos, special = message.exclude_bos, message.exclude_special
     match message.WhichOneof("select"):
         case "named":

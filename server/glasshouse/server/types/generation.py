@@ -8,7 +8,7 @@ from enum import Enum
 
 from .interventions import Intervention, InterventionReceipt
 from .readouts import Array, PromptReadout, Readout, ReadoutValue, TopTokens, WireDType
-from .selectors import Selector
+from .selectors import EVERYWHERE, Selector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class ExtractionRequest:
 
     inputs: tuple[tuple[int, ...], ...]
     hook_points: tuple[str, ...]
-    positions: Selector = Selector.all()
+    positions: Selector = EVERYWHERE
     dtype: WireDType = "float32"
     interventions: tuple[Intervention, ...] = ()
     request_id: str = ""

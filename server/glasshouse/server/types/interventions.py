@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .selectors import Selector
+from .selectors import EVERYWHERE, Selector
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -87,7 +87,7 @@ class Intervention:
 
     hook_point: str
     edit: Edit
-    positions: Selector = Selector.all()
+    positions: Selector = EVERYWHERE
     preserve_norm: bool = False
 
 

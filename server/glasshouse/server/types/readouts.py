@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .selectors import Selector
+from .selectors import EVERYWHERE, Selector
 
 WireDType = Literal["float32", "bfloat16", "float16"]
 
@@ -21,7 +21,7 @@ class ReadActivations:
     """The activation at a readable hook point, after the edits there."""
 
     hook_point: str
-    positions: Selector = Selector.all()
+    positions: Selector = EVERYWHERE
     dtype: WireDType = "float32"
 
 
@@ -31,7 +31,7 @@ class ReadLogitLens:
 
     hook_point: str
     top_k: int = 5
-    positions: Selector = Selector.all()
+    positions: Selector = EVERYWHERE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ReadFeatures:
     dictionary: str
     top_k: int = 0
     features: tuple[int, ...] = ()
-    positions: Selector = Selector.all()
+    positions: Selector = EVERYWHERE
 
 
 Readout = ReadActivations | ReadLogitLens | ReadFeatures

@@ -34,10 +34,8 @@ class Selector:
     exclude_bos: bool = False
     exclude_special: bool = False
 
-    @classmethod
-    def all(cls) -> Selector:
-        """Every position."""
-        return cls(named=NamedPositions.ALL)
+
+EVERYWHERE = Selector(named=NamedPositions.ALL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,178 @@
+"""Loading a dictionary into an engine: opened, fitted to the model, measured, then known by its name.
+
+1. Its bytes are set aside in the budget before anything is read.
+2. Its hook points must be the model's, with the widths it expects.
+3. Its weights must be finite.
+4. It is run on built-in text: mean active features and fraction of variance unexplained. A dictionary that reads the wrong
+   tap gives absurd figures there; it is loaded with a loud warning, for the figures are the reader's to judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+
+import numpy as np
+import structlog
+import torch
+
+from glasshouse.server.dictionaries import sanity
+from glasshouse.server.dictionaries.dictionary import Dictionary
+from glasshouse.server.dictionaries.open import estimate_bytes, open_dictionaries
+from glasshouse.server.dictionaries.sample_text import PASSAGES
+from glasshouse.server.dictionaries.store import DictionaryCheck, HeldDictionary
+from glasshouse.server.hooks.table import HookTable
+from glasshouse.server.types.errors import FailedPrecondition, ServingError
+from glasshouse.server.types.generation import ExtractionRequest
+from glasshouse.server.types.hook_points import HookPoint
+from glasshouse.server.types.readouts import Array
+from glasshouse.server.types.selectors import NamedPositions, Selector
+from glasshouse.wire import reasons
+
+from .engine import Engine
+
+_log = structlog.get_logger(__name__)
+
+
+async def load(engine: Engine, table: HookTable, name: str, path: str) -> list[HeldDictionary]:
+    """Loads what lies at `path` as `name` (a set: `name`/part each) into the engine's store.
+
+    Raises:
+        InvalidArgument: a malformed name.
+        NotFound: no such path.
+        FailedPrecondition: a name in use, a malformed or unfitting dictionary.
+        ResourceExhausted: over the budget.
+    """
+    store = engine.dictionaries
+    store.reserve(name, await asyncio.to_thread(estimate_bytes, path))
+    try:
+        opened = await asyncio.to_thread(open_dictionaries, name, path)
+        held = []
+        for dictionary in opened:
+            held.append(await _fit(engine, table, dictionary, path, len(opened)))
+    finally:
+        store.release(name)
+    for item in held:
+        store.add(item)
+    return held
+
+
+async def _fit(
+    engine: Engine, table: HookTable, dictionary: Dictionary, path: str, n_parts: int
+) -> HeldDictionary:
+    facts = dictionary.facts
+    points_in = _points(table, facts.name, facts.hook_points_in, facts.d_in, writing=False)
+    points_out = _points(table, facts.name, facts.hook_points_out, facts.d_out, writing=True)
+    bad = await asyncio.to_thread(dictionary.first_not_finite)
+    if bad:
+        raise FailedPrecondition(
+            f"dictionary {facts.name}: weight {bad} is not finite",
+            reason=reasons.DICTIONARY_MALFORMED,
+            field="path",
+            value=path,
+            remedy="load an undamaged file",
+        )
+    device = engine.info.device
+    if device != "cpu":
+        dictionary = await asyncio.to_thread(dictionary.to, device)
+    size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
+    check = await measure(engine, dictionary, points_in, points_out)
+    if check.warning:
+        _log.warning("dictionary_looks_wrong", dictionary=facts.name, l0=check.l0, fvu=check.fvu, why=check.warning)
+    else:
+        _log.info("dictionary_loaded", dictionary=facts.name, l0=round(check.l0, 1), fvu=round(check.fvu, 3))
+    return HeldDictionary(
+        name=facts.name,
+        path=path,
+        dictionary=dictionary,
+        points_in=points_in,
+        points_out=points_out,
+        size_bytes=size_bytes,
+        check=check,
+    )
+
+
+def _points(
+    table: HookTable, dictionary: str, names: Sequence[str], width: int, *, writing: bool
+) -> tuple[HookPoint, ...]:
+    points = []
+    for name in names:
+        try:
+            point = table.resolve(name, field="path")
+        except ServingError as error:
+            raise FailedPrecondition(
+                f"dictionary {dictionary} is for a hook point that this model lacks: {error.message}",
+                reason=reasons.DICTIONARY_MISMATCH,
+                field="path",
+                value=name,
+                remedy="load it with the model it was trained on, or name the point: PATH?hook_point=...",
+            ) from error
+        if point.width != width:
+            raise FailedPrecondition(
+                f"dictionary {dictionary} has width {width} at {point.name}, the model {point.width}",
+                reason=reasons.DICTIONARY_MISMATCH,
+                field="path",
+                value=width,
+                remedy="load it with the model it was trained on",
+            )
+        if not (point.writable if writing else point.readable):
+            raise FailedPrecondition(
+                f"dictionary {dictionary} is for {point.name}, which cannot be {'edited' if writing else 'read'}",
+                reason=reasons.DICTIONARY_MISMATCH,
+                field="path",
+                value=point.name,
+                remedy="ListHookPoints says what can",
+            )
+        points.append(point)
+    return tuple(points)
+
+
+async def activations(
+    engine: Engine, inputs: Sequence[tuple[int, ...]], points: Sequence[HookPoint]
+) -> list[tuple[Array, ...]]:
+    """The activations of each point over each input, special tokens left out, in order of the inputs."""
+    request = ExtractionRequest(
+        inputs=tuple(inputs),
+        hook_points=tuple(point.name for point in points),
+        positions=Selector(named=NamedPositions.ALL, exclude_special=True),
+    )
+    found: dict[int, tuple[Array, ...]] = {}
+    async with aclosing(engine.extract(request)) as results:
+        async for done in results:
+            found[done.index] = done.activations
+    return [found[index] for index in range(len(inputs))]
+
+
+async def measure(
+    engine: Engine, dictionary: Dictionary, points_in: Sequence[HookPoint], points_out: Sequence[HookPoint]
+) -> DictionaryCheck:
+    """Runs a dictionary on built-in text."""
+    inputs = [tuple(engine.codec.encode(passage))[: engine.info.context_length] for passage in PASSAGES]
+    points = list(dict.fromkeys([*points_in, *points_out]))
+    captured = await activations(engine, inputs, points)
+    by_point = {
+        point.name: torch.from_numpy(np.concatenate([arrays[index] for arrays in captured]))
+        for index, point in enumerate(points)
+    }
+    x = stacked([by_point[point.name] for point in points_in])
+    y = stacked([by_point[point.name] for point in points_out])
+    return await asyncio.to_thread(_check, dictionary, x.to(engine.info.device), y.to(engine.info.device))
+
+
+def stacked(sites: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(N, D) of one hook point, or (N, S, D) of several: what dictionaries take."""
+    return sites[0] if len(sites) == 1 else torch.stack(list(sites), dim=1)
+
+
+def _check(dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor) -> DictionaryCheck:
+    features = dictionary.encode(x)
+    verdict = sanity.check(dictionary, features, x, y)
+    counts = torch.bincount(features.ids.long(), minlength=dictionary.facts.d_sae)
+    return DictionaryCheck(
+        l0=verdict.l0,
+        fvu=verdict.fvu,
+        positions=x.shape[0],
+        density=(counts.float() / max(x.shape[0], 1)).cpu().numpy(),
+        warning=verdict.warning,
+    )
