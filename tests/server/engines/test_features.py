@@ -232,8 +232,8 @@ def cases(parts: dict[str, Random], d_model: int) -> list[Case]:
             lambda: [(at2, everywhere, change(parts["jump"], jump, list(range(30)), lambda f: -2 * f))],
         ),
         Case(
-            (scale("top", (1, 2, 3, 40), 9.0),),
-            lambda: [(at4, everywhere, change(parts["top"], top, [1, 2, 3, 40], lambda f: 9 * f))],
+            (scale("top", tuple(range(40)), 30.0),),
+            lambda: [(at4, everywhere, change(parts["top"], top, list(range(40)), lambda f: 30 * f))],
         ),
         Case((set_("trans", (3,), 9.0),), transcoder(3, "trans", [3], lambda f: f * 0 + 9, {3: 1.0})),
         Case(
