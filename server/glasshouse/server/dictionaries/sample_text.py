@@ -1,7 +1,7 @@
 """The text that every dictionary is measured on when it is loaded, and evaluated on by default.
 
-Plain narrative and expository English written for this purpose, so that it is like what a language model has read
-and belongs to nobody's training set.
+Plain narrative and expository English written for this purpose, so that it is like what a language model has
+read and belongs to nobody's training set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PASSAGES: tuple[str, ...] = (
     "is why it takes longer to cook an egg in a hut above the clouds. The same law explains why a sealed pot cooks "
     "faster: the steam cannot leave, the pressure rises, and the water grows hotter before it boils.",
     "The old man and the two women sat at the table and counted their money. There were one, two, three, four coins, "
-    "which was not enough for bread. \"We shall ask the baker,\" said the younger woman. \"He is kind, and he knows us.\" "
+    'which was not enough for bread. "We shall ask the baker," said the younger woman. "He is kind, and he knows us." '
     "In the end the baker gave them two loaves, and they were very happy.",
     "Rain fell on the town all night. In the morning the streets were full of water, and the children went to school in "
     "boats. The teacher was afraid of the river, but the children were not. They sang songs and waved at the ducks, and "

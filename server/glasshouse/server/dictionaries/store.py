@@ -1,7 +1,8 @@
 """The dictionaries a server holds, by name.
 
-A request takes its dictionaries when it is checked and keeps them to its end: one unloaded meanwhile goes on serving the
-requests that hold it, its memory is given back with the last of them, and new requests get NOT_FOUND.
+A request takes its dictionaries when it is checked and keeps them to its end: one unloaded meanwhile goes on
+serving the requests that hold it, its memory is given back with the last of them, and new requests get
+NOT_FOUND.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _PREFIX = re.compile(r"models/[^/]+/dictionaries/")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DictionaryCheck:
-    """What a dictionary did on built-in text when it was loaded: mean active features, fraction of variance unexplained,
-    the share of positions each feature fired at (float32 (d_sae,)), and a warning where the figures are absurd.
+    """What a dictionary did on built-in text when it was loaded: mean active features, fraction of variance
+    unexplained, the share of positions each feature fired at (float32 (d_sae,)), and a warning where the
+    figures are absurd.
     """
 
     l0: float
