@@ -59,7 +59,7 @@ class GlasshouseError(Exception):
         where = f"{self.field}: " if self.field and self.field not in self.message else ""
         sentences = [_sentence(where + (self.message or self.code))]
         if self.remedy and self.remedy not in self.message:
-            sentences.append(_sentence(self.remedy))
+            sentences.append(_sentence(self.remedy[0].upper() + self.remedy[1:]))
         if self.retry_after_s is not None:
             sentences.append(f"Retry after {self.retry_after_s:g} s.")
         origin = ", ".join(filter(None, (self.reason, self.request_id and f"request {self.request_id}")))
