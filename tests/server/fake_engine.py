@@ -7,7 +7,7 @@ out of a generation is known beforehand: the prompt's bytes again and again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -31,7 +31,16 @@ from glasshouse.server.types.generation import (
 from glasshouse.server.types.hook_points import HookPoint
 from glasshouse.server.types.interventions import Intervention, InterventionReceipt
 from glasshouse.server.types.models import ModelInfo
-from glasshouse.server.types.readouts import PromptReadout, ReadActivations, TopTokens
+from glasshouse.server.types.readouts import (
+    FeatureActivations,
+    FeatureRows,
+    PromptReadout,
+    ReadActivations,
+    ReadFeatures,
+    Readout,
+    ReadoutValue,
+    TopTokens,
+)
 from glasshouse.server.types.selectors import resolve
 from glasshouse.wire import reasons
 
@@ -68,8 +77,7 @@ class FakeCodec:
 class FakeEngine(Engine):
     """Generates the prompt's tokens in a circle, `step_s` apart, `burst` at a time.
 
-    `fail_after`: raises `failure` after so many tokens. `reading`: bytes of activations a readout gives per
-    position.
+    `fail_after`: raises `failure` after so many tokens. `width`: of its hook points.
     """
 
     def __init__(self, name: str = "echo", *, step_s: float = 0.0, burst: int = 1) -> None:
@@ -115,6 +123,9 @@ class FakeEngine(Engine):
     def dictionaries(self) -> Any:
         raise NotImplementedError("the fake engine has no dictionaries")
 
+    async def load_dictionary(self, name: str, path: str) -> Any:
+        raise NotImplementedError("the fake engine has no dictionaries")
+
     async def start(self) -> None:
         self.stopped = False
 
@@ -126,7 +137,8 @@ class FakeEngine(Engine):
 
     def _check(self, interventions: Sequence[Intervention], prompt: Sequence[int], n_fed: int) -> None:
         for index, intervention in enumerate(interventions):
-            self._point(intervention.hook_point, f"interventions[{index}].hook_point")
+            if intervention.hook_point:
+                self._point(intervention.hook_point, f"interventions[{index}].hook_point")
             resolve(
                 intervention.positions, prompt=prompt, n_fed=n_fed, bos_token_id=BOS,
                 special_token_ids=frozenset({BOS, EOS}), field=f"interventions[{index}].positions",
@@ -140,7 +152,7 @@ class FakeEngine(Engine):
                 resource_name=name, closest=tuple(names), field=field, remedy="use one of the closest",
             )  # fmt: skip
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[GenerationEvent]]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[GenerationEvent], None]:
         self.seen.append(request)
         prompt, arrival = request.prompt, perf_counter()
         self._check(request.interventions, prompt, len(prompt) + request.max_tokens - 1)
@@ -174,6 +186,15 @@ class FakeEngine(Engine):
         n = len(request.prompt)
         found: list[PromptReadout] = []
         for index, readout in enumerate(request.readouts):
+            if isinstance(readout, ReadFeatures):
+                k = readout.top_k or len(readout.features)
+                rows = FeatureRows(
+                    np.arange(n + 1, dtype=np.int64) * k,
+                    np.arange(n * k, dtype=np.int32) % 50,
+                    np.arange(n * k, dtype=np.float32),
+                )
+                found.append(PromptReadout(readout=index, positions=tuple(range(n)), values=rows))
+                continue
             self._point(readout.hook_point, f"readouts[{index}].hook_point")
             if isinstance(readout, ReadActivations):
                 values = np.arange(n * self.width, dtype=np.float32).reshape(n, self.width)
@@ -193,12 +214,20 @@ class FakeEngine(Engine):
             logprob=-0.5,
             top_logprobs=_top(request.top_logprobs) if request.top_logprobs else None,
             readouts={
-                index: np.full(self.width, position - 1, np.float32)
-                if isinstance(readout, ReadActivations)
-                else _top(readout.top_k)
-                for index, readout in enumerate(request.readouts)
+                index: self._value(readout, position) for index, readout in enumerate(request.readouts)
             },
         )
+
+    def _value(self, readout: Readout, position: int) -> ReadoutValue:
+        match readout:
+            case ReadActivations():
+                return np.full(self.width, position - 1, np.float32)
+            case ReadFeatures():
+                return FeatureActivations(
+                    np.array([7, 3], np.int32), np.array([2.0, position - 1], np.float32)
+                )
+            case _:
+                return _top(readout.top_k)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         self.seen.append(request)
@@ -208,7 +237,7 @@ class FakeEngine(Engine):
         tops = tuple(_top(request.top_k) for _ in request.tokens[1:]) if request.top_k else ()
         return ScoreResult(logprobs=logprobs, top=tops, receipt=_receipt(request.interventions))
 
-    async def extract(self, request: ExtractionRequest) -> AsyncIterator[ExtractedInput]:
+    async def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         self.seen.append(request)
         for index, name in enumerate(request.hook_points):
             self._point(name, f"hook_points[{index}]")

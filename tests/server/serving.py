@@ -160,6 +160,13 @@ async def refusal(call: Callable[[], Any]) -> Refusal:
     raise AssertionError("the call was answered")
 
 
+async def until(holds: Callable[[], object], within_s: float = 5.0) -> None:
+    """Returns once something outside holds; fails where it does not in time."""
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
 async def events_of(stream: Any) -> list[Any]:
     """Every event of a stream."""
     return [event async for event in stream]

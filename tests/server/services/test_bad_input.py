@@ -365,6 +365,62 @@ GENERATE: list[tuple[str, Change, str, str, str]] = [
         "POSITION_UNREACHABLE",
         "interventions[0].positions.span",
     ),
+    (
+        "nobody's features",
+        edit(set_features={"features": [1], "values": [1]}),
+        INVALID,
+        "FIELD_REQUIRED",
+        "interventions[0].set_features.dictionary",
+    ),
+    (
+        "no features",
+        edit(set_features={"dictionary": "d", "values": [1]}),
+        INVALID,
+        "FIELD_REQUIRED",
+        "interventions[0].set_features.features",
+    ),
+    (
+        "values that do not fit",
+        edit(set_features={"dictionary": "d", "features": [1, 2, 3], "values": [1, 2]}),
+        INVALID,
+        "FIELD_CONFLICT",
+        "interventions[0].set_features.values",
+    ),
+    (
+        "nan factor",
+        edit(scale_features={"dictionary": "d", "features": [1, 2], "factors": [1, NAN]}),
+        INVALID,
+        "VALUE_NOT_FINITE",
+        "interventions[0].scale_features.factors[1]",
+    ),
+    (
+        "many features",
+        edit(scale_features={"dictionary": "d", "features": range(4097), "factors": [0]}),
+        INVALID,
+        "VALUE_OUT_OF_RANGE",
+        "interventions[0].scale_features.features",
+    ),
+    (
+        "nobody's features to read",
+        read(features={"top_k": 3}),
+        INVALID,
+        "FIELD_REQUIRED",
+        "readouts[0].features.dictionary",
+    ),
+    (
+        "features two ways",
+        read(features={"dictionary": "d", "top_k": 3, "features": [1]}),
+        INVALID,
+        "FIELD_CONFLICT",
+        "readouts[0].features.top_k",
+    ),
+    (
+        "top features of none",
+        read(features={"dictionary": "d", "top_k": 0}),
+        INVALID,
+        "VALUE_OUT_OF_RANGE",
+        "readouts[0].features.top_k",
+    ),
     ("no readout", read(), INVALID, "FIELD_REQUIRED", "readouts[0]"),
     (
         "nowhere to read",
@@ -464,9 +520,30 @@ SCORE: list[tuple[str, Change, str, str, str]] = [
 ]
 
 MODELS: list[tuple[str, str, Any, str, str, str]] = [
-    ("get unknown", "GetModel", models_pb2.GetModelRequest(name="models/ehco"), MISSING, "MODEL_NOT_FOUND", "name"),
-    ("negative page", "ListModels", models_pb2.ListModelsRequest(page_size=-1), INVALID, "VALUE_OUT_OF_RANGE", "page_size"),
-    ("bad token", "ListModels", models_pb2.ListModelsRequest(page_token="xyz"), INVALID, "VALUE_MALFORMED", "page_token"),
+    (
+        "get unknown",
+        "GetModel",
+        models_pb2.GetModelRequest(name="models/ehco"),
+        MISSING,
+        "MODEL_NOT_FOUND",
+        "name",
+    ),
+    (
+        "negative page",
+        "ListModels",
+        models_pb2.ListModelsRequest(page_size=-1),
+        INVALID,
+        "VALUE_OUT_OF_RANGE",
+        "page_size",
+    ),
+    (
+        "bad token",
+        "ListModels",
+        models_pb2.ListModelsRequest(page_token="xyz"),
+        INVALID,
+        "VALUE_MALFORMED",
+        "page_token",
+    ),
     (
         "foreign token",
         "ListHookPoints",
@@ -475,7 +552,14 @@ MODELS: list[tuple[str, str, Any, str, str, str]] = [
         "VALUE_MALFORMED",
         "page_token",
     ),
-    ("negative size", "ListHookPoints", models_pb2.ListHookPointsRequest(page_size=-9), INVALID, "VALUE_OUT_OF_RANGE", "page_size"),
+    (
+        "negative size",
+        "ListHookPoints",
+        models_pb2.ListHookPointsRequest(page_size=-9),
+        INVALID,
+        "VALUE_OUT_OF_RANGE",
+        "page_size",
+    ),
     ("tokenize nothing", "Tokenize", models_pb2.TokenizeRequest(), INVALID, "FIELD_REQUIRED", "input"),
     (
         "tokenize much",
@@ -485,10 +569,24 @@ MODELS: list[tuple[str, str, Any, str, str, str]] = [
         "LIMIT_EXCEEDED",
         "input.text",
     ),
-    ("detokenize", "Detokenize", models_pb2.DetokenizeRequest(token_ids=[0, 999]), INVALID, "TOKEN_OUT_OF_RANGE", "token_ids[1]"),
-    ("detokenize much", "Detokenize", models_pb2.DetokenizeRequest(token_ids=[1] * 601), EXHAUSTED, "LIMIT_EXCEEDED", "token_ids"),
+    (
+        "detokenize",
+        "Detokenize",
+        models_pb2.DetokenizeRequest(token_ids=[0, 999]),
+        INVALID,
+        "TOKEN_OUT_OF_RANGE",
+        "token_ids[1]",
+    ),
+    (
+        "detokenize much",
+        "Detokenize",
+        models_pb2.DetokenizeRequest(token_ids=[1] * 601),
+        EXHAUSTED,
+        "LIMIT_EXCEEDED",
+        "token_ids",
+    ),
     ("empty chat", "RenderChat", models_pb2.RenderChatRequest(), INVALID, "FIELD_REQUIRED", "messages"),
-]  # fmt: skip
+]
 
 
 def named(table: list[Any]) -> dict[str, Any]:

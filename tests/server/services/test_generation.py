@@ -11,7 +11,8 @@ import pytest
 
 from glasshouse.server.types.configuration import Settings, StreamSettings
 from glasshouse.server.types.generation import GenerationRequest
-from glasshouse.server.types.interventions import AddVector
+from glasshouse.server.types.interventions import AddVector, ScaleFeatures, SetFeatures
+from glasshouse.server.types.readouts import ReadFeatures
 from glasshouse.v1 import generation_pb2 as pb
 from glasshouse.wire.tensors import TensorAssembler, pack, unpack
 
@@ -131,6 +132,51 @@ async def test_readouts_of_prompt_and_tokens() -> None:
     np.testing.assert_array_equal(unpack(token.readouts[0].activations), np.full(8, token.position - 1))
     assert list(token.readouts[1].logit_lens.token_ids) == [65, 66, 67]
     assert n_bytes == 4 * 8 * 4 + 4 * 3 * 8 + 5 * (8 * 4 + 3 * 8)
+
+
+async def test_feature_edits_and_readouts() -> None:
+    engine = FakeEngine()
+    asked = request(
+        interventions=[
+            {"set_features": {"dictionary": "d", "features": [4, 5], "values": [1.5, 2]}},
+            {"scale_features": {"dictionary": "d", "features": [6], "factors": [0]}},
+        ],
+        readouts=[{"features": {"dictionary": "d"}}, {"features": {"dictionary": "d", "features": [7, 3]}}],
+    )
+    async with serving(engine) as served:
+        events = await events_of(served.generation.Generate(asked))
+    seen = engine.seen[0]
+    assert isinstance(seen, GenerationRequest)
+    edits = [intervention.edit for intervention in seen.interventions]
+    assert edits == [
+        SetFeatures(dictionary="d", features=(4, 5), values=(1.5, 2.0)),
+        ScaleFeatures(dictionary="d", features=(6,), factors=(0.0,)),
+    ]
+    assert [(r.top_k, r.features) for r in seen.readouts if isinstance(r, ReadFeatures)] == [
+        (8, ()),
+        (0, (7, 3)),
+    ]
+    rows = events[0].prompt.readouts[1].features
+    assert list(rows.indptr) == [0, 2, 4, 6, 8]
+    assert list(rows.activations) == list(range(8))
+    value = events[1].tokens.tokens[0].readouts[1].features
+    assert (list(value.feature_ids), list(value.activations)) == ([7, 3], [2.0, 3.0])
+
+
+async def test_many_features_of_a_prompt_come_in_pieces_that_join() -> None:
+    engine = FakeEngine()
+    asked = request("z" * 399, max_tokens=1, readouts=[{"features": {"dictionary": "d", "top_k": 1024}}])
+    async with serving(engine) as served:
+        events = await events_of(served.generation.Generate(asked))
+    assert max(event.ByteSize() for event in events) < FOUR_MIB // 2
+    pieces = [r for event in events if event.WhichOneof("event") == "prompt" for r in event.prompt.readouts]
+    assert len(pieces) > 2
+    assert all(piece.features.indptr[0] == 0 for piece in pieces)
+    assert all(piece.features.indptr[-1] == len(piece.features.feature_ids) for piece in pieces)
+    assert sum(len(piece.features.indptr) - 1 for piece in pieces) == 400
+    values = [value for piece in pieces for value in piece.features.activations]
+    assert values == list(range(400 * 1024))
+    assert [len(piece.positions) for piece in pieces] == [400] + [0] * (len(pieces) - 1)
 
 
 async def test_large_prompt_readouts_come_in_pieces() -> None:

@@ -14,7 +14,7 @@ from glasshouse.server.types.configuration import ListenSettings, Settings
 from glasshouse.v1 import generation_pb2 as pb
 
 from ..fake_engine import FakeEngine
-from ..serving import events_of, refusal, serving
+from ..serving import events_of, refusal, serving, until
 
 LISTEN = ListenSettings(listen="127.0.0.1:0", drain_timeout_s=5.0)
 
@@ -27,8 +27,7 @@ async def test_what_is_in_flight_finishes_and_nothing_new_begins() -> None:
     engine = FakeEngine(step_s=0.005)
     async with serving(engine, settings=Settings(server=LISTEN)) as served:
         running = asyncio.ensure_future(events_of(served.generation.Generate(request(60))))
-        while not engine.running:
-            await asyncio.sleep(0.002)
+        await until(lambda: engine.running)
         draining = asyncio.ensure_future(served.server.drain())
         await asyncio.sleep(0.05)
         health = health_pb2_grpc.HealthStub(served.channel)
@@ -48,8 +47,7 @@ async def test_the_limit_ends_the_wait() -> None:
     settings = Settings(server=replace(LISTEN, drain_timeout_s=0.1))
     async with serving(engine, settings=settings) as served:
         running = asyncio.ensure_future(events_of(served.generation.Generate(request(500))))
-        while not engine.running:
-            await asyncio.sleep(0.002)
+        await until(lambda: engine.running)
         start = perf_counter()
         assert not await served.server.drain()
         await served.server.stop()

@@ -20,7 +20,7 @@ from glasshouse.v1 import generation_pb2 as pb
 from glasshouse.v1 import models_pb2
 
 from ..fake_engine import FakeEngine
-from ..serving import Served, events_of, parse_refusal, refusal, serving
+from ..serving import Served, events_of, parse_refusal, refusal, serving, until
 
 GENERATE = "/glasshouse.v1.GenerationService/Generate"
 LIST_MODELS = models_pb2.ListModelsRequest()
@@ -38,9 +38,7 @@ async def sent_id(served: Served, *metadata: tuple[str, str]) -> str:
 
 async def settled(engine: FakeEngine) -> None:
     """Waits for the engine to be free; a place has to be free within a second."""
-    async with asyncio.timeout(1.0):
-        while engine.running:
-            await asyncio.sleep(0.005)
+    await until(lambda: not engine.running, 1.0)
 
 
 async def test_request_ids_are_echoed_or_made() -> None:
@@ -209,8 +207,7 @@ async def test_more_than_the_bound_is_refused_at_once_with_a_delay() -> None:
         running = [
             asyncio.ensure_future(events_of(served.generation.Generate(request(100)))) for _ in range(3)
         ]
-        while engine.running < 3:
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.running == 3)
         start = perf_counter()
         refused = await refusal(lambda: served.generation.Generate(request()))
         assert perf_counter() - start < 0.2

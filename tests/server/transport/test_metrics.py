@@ -17,7 +17,7 @@ from glasshouse.server.transport.metrics_page import MetricsPage
 from glasshouse.v1 import generation_pb2 as pb
 
 from ..fake_engine import FakeEngine
-from ..serving import events_of, refusal, serving
+from ..serving import events_of, refusal, serving, until
 
 CONTRACT = {
     "glasshouse_requests_total": ("counter", {"method", "code"}),
@@ -94,8 +94,7 @@ async def test_active_requests_are_those_being_served() -> None:
     async with serving(engine) as served:
         request = pb.GenerateRequest(input={"text": "abc"}, max_tokens=50)
         running = asyncio.ensure_future(events_of(served.generation.Generate(request)))
-        while not engine.running:
-            await asyncio.sleep(0.001)
+        await until(lambda: engine.running)
         assert served.metrics()["glasshouse_active_requests"] == 1
         await running
         assert served.metrics()["glasshouse_active_requests"] == 0

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from glasshouse.server.types.errors import ResourceExhausted
 from glasshouse.server.types.generation import Finished, FinishReason, NewToken
-from glasshouse.server.types.readouts import PromptReadout, TopTokens
+from glasshouse.server.types.readouts import FeatureRows, PromptReadout, TopTokens
 from glasshouse.v1 import generation_pb2 as pb
 from glasshouse.v1 import readouts_pb2
 from glasshouse.wire import reasons
 from glasshouse.wire.tensors import CHUNK_BYTES, chunks
 
 from .interventions import receipts
-from .readouts import TOP_ENTRY_BYTES, fill_top_tokens, fill_values
+from .readouts import ENTRY_BYTES, fill_top_tokens, fill_values
 from .token_strings import TokenStrings
 
 # An entry of top tokens on the wire, its string included: about this much, and rarely more.
 _TOP_ENTRY_WIRE_BYTES = 24
+# An entry of features on the wire, and a position's place in the index: no more than this.
+_FEATURE_ENTRY_WIRE_BYTES = 9
+_INDEX_WIRE_BYTES = 5
 # What a message's own fields may take beside tensors.
 _OVERHEAD_BYTES = 64 << 10
 
@@ -124,6 +129,9 @@ def _pieces(
         if isinstance(readout.values, tuple):
             yield from _lens_pieces(readout, readout.values, strings)
             continue
+        if isinstance(readout.values, FeatureRows):
+            yield from _feature_pieces(readout, readout.values)
+            continue
         positions: Sequence[int] = readout.positions
         for chunk in chunks(readout.values):
             piece = readouts_pb2.PromptReadout(
@@ -142,9 +150,33 @@ def _lens_pieces(
     n_entries = 0
     for top in values:
         if n_entries * _TOP_ENTRY_WIRE_BYTES > CHUNK_BYTES:
-            yield piece, n_entries * _TOP_ENTRY_WIRE_BYTES, n_entries * TOP_ENTRY_BYTES
+            yield piece, n_entries * _TOP_ENTRY_WIRE_BYTES, n_entries * ENTRY_BYTES
             piece = readouts_pb2.PromptReadout(readout=readout.readout)
             n_entries = 0
         fill_top_tokens(piece.logit_lens.positions.add(), top, strings)
         n_entries += len(top.token_ids)
-    yield piece, n_entries * _TOP_ENTRY_WIRE_BYTES, n_entries * TOP_ENTRY_BYTES
+    yield piece, n_entries * _TOP_ENTRY_WIRE_BYTES, n_entries * ENTRY_BYTES
+
+
+def _feature_pieces(
+    readout: PromptReadout, rows: FeatureRows
+) -> Iterator[tuple[readouts_pb2.PromptReadout, int, int]]:
+    """Runs of positions, each with an index of its own that starts at 0."""
+    n_positions = len(readout.positions)
+    positions: Sequence[int] = readout.positions
+    # Bytes on the wire up to each position.
+    sizes = rows.indptr * _FEATURE_ENTRY_WIRE_BYTES + np.arange(n_positions + 1) * _INDEX_WIRE_BYTES
+    start = 0
+    while True:
+        stop = int(np.searchsorted(sizes, sizes[start] + CHUNK_BYTES, side="right")) - 1
+        stop = min(max(stop, start + 1), n_positions)
+        low, high = int(rows.indptr[start]), int(rows.indptr[stop])
+        piece = readouts_pb2.PromptReadout(readout=readout.readout, positions=positions)
+        piece.features.indptr.extend((rows.indptr[start : stop + 1] - low).tolist())
+        piece.features.feature_ids.extend(rows.ids[low:high].tolist())
+        piece.features.activations.extend(rows.activations[low:high].tolist())
+        yield piece, int(sizes[stop] - sizes[start]) + 4 * len(positions), ENTRY_BYTES * (high - low)
+        positions = ()
+        start = stop
+        if start >= n_positions:
+            return

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from time import perf_counter
-from typing import cast
 
 import numpy as np
 
@@ -14,7 +13,6 @@ from glasshouse.server.types.configuration import StreamSettings
 from glasshouse.server.types.errors import ResourceExhausted
 from glasshouse.server.types.generation import (
     Finished,
-    GenerationEvent,
     GenerationRequest,
     NewToken,
     Prefilled,
@@ -55,7 +53,7 @@ class GenerationServicer:
         wanted = await self._request(request, model, call)
         pack = TokenMessages(model.strings, self._limits.max_message_bytes).pack
         last_sent = 0.0
-        async with aclosing(_closable(model.engine.generate(wanted))) as batches:
+        async with aclosing(model.engine.generate(wanted)) as batches:
             async for batch in batches:
                 if not batch:
                     continue
@@ -144,13 +142,6 @@ class GenerationServicer:
             value=top_k,
             remedy=f"ask for about {most} alternatives, or score a shorter input",
         )
-
-
-def _closable(
-    events: AsyncIterator[Sequence[GenerationEvent]],
-) -> AsyncGenerator[Sequence[GenerationEvent], None]:
-    """Engines answer with generators; their interface promises no more than that leaving them cancels."""
-    return cast("AsyncGenerator[Sequence[GenerationEvent], None]", events)
 
 
 def _score(tokens: Sequence[int], result: ScoreResult, strings: TokenStrings) -> pb.ScoreResponse:

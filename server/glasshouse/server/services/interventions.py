@@ -17,6 +17,8 @@ from glasshouse.server.types.interventions import (
     InterventionReceipt,
     Replace,
     Rotate,
+    ScaleFeatures,
+    SetFeatures,
 )
 from glasshouse.server.types.limits import Limits
 from glasshouse.v1 import interventions_pb2 as pb
@@ -25,7 +27,9 @@ from glasshouse.wire import reasons
 from . import fields, tensors
 from .selectors import selector
 
-_EDITS = ("add_vector", "ablate_direction", "cap_projection", "rotate", "replace")
+_FEATURE_EDITS = ("set_features", "scale_features")
+_EDITS = ("add_vector", "ablate_direction", "cap_projection", "rotate", "replace", *_FEATURE_EDITS)
+MAX_FEATURES = 4096
 # Below this sine of the angle between them, two vectors span no plane in float32.
 _PARALLEL_SINE = 1e-5
 
@@ -57,7 +61,7 @@ def _intervention(message: pb.Intervention, field: str, limits: Limits) -> Inter
     kind = message.WhichOneof("edit")
     if kind is not None and kind not in _EDITS:
         raise fields.not_served(f"{field}.{kind}", kind)
-    if not message.hook_point:
+    if not message.hook_point and kind not in _FEATURE_EDITS:
         raise fields.required(
             f"{field}.hook_point", "where to edit", "name a writable hook point; ListHookPoints lists them"
         )
@@ -86,6 +90,16 @@ def _edit(message: pb.Intervention, field: str) -> Edit:
             return _rotate(message.rotate, f"{field}.rotate")
         case "replace":
             return _replace(message.replace, f"{field}.replace")
+        case "set_features":
+            chosen, path = message.set_features, f"{field}.set_features"
+            numbers = _features(chosen.dictionary, chosen.features, chosen.values, path, "values")
+            return SetFeatures(dictionary=chosen.dictionary, features=tuple(chosen.features), values=numbers)
+        case "scale_features":
+            scaled, path = message.scale_features, f"{field}.scale_features"
+            numbers = _features(scaled.dictionary, scaled.features, scaled.factors, path, "factors")
+            return ScaleFeatures(
+                dictionary=scaled.dictionary, features=tuple(scaled.features), factors=numbers
+            )
         case _:
             names = ", ".join(_EDITS)
             raise fields.required(field, f"an edit, one of {names}", f"set one of {names}")
@@ -168,3 +182,26 @@ def _replace(message: pb.ReplaceActivations, field: str) -> Replace:
             remedy="send one row for every selected position, or a single row for all",
         )
     return Replace(activations=array)
+
+
+def _features(
+    dictionary: str, features: Sequence[int], numbers: Sequence[float], field: str, name: str
+) -> tuple[float, ...]:
+    """The checked `numbers` of a feature edit; which features the dictionary has is for the engine to say."""
+    if not dictionary:
+        raise fields.required(f"{field}.dictionary", "whose features", "name a dictionary that is loaded")
+    if not features:
+        raise fields.required(f"{field}.features", "at least one feature", "list the features to edit")
+    if len(features) > MAX_FEATURES:
+        raise fields.out_of_range(
+            f"{field}.features", f"a list of {len(features)}", f"at most {MAX_FEATURES} features"
+        )
+    if len(numbers) not in (1, len(features)):
+        raise InvalidArgument(
+            f"{field}.{name} has {len(numbers)} entries for {len(features)} features",
+            reason=reasons.FIELD_CONFLICT,
+            field=f"{field}.{name}",
+            value=len(numbers),
+            remedy="give one for each feature, or one for all",
+        )
+    return tuple(fields.finite(number, f"{field}.{name}[{at}]") for at, number in enumerate(numbers))

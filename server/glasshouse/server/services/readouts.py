@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.server.types.limits import Limits
 from glasshouse.server.types.readouts import (
+    FeatureActivations,
     ReadActivations,
+    ReadFeatures,
     ReadLogitLens,
     Readout,
     ReadoutValue,
     TopTokens,
     WireDType,
 )
+from glasshouse.server.types.selectors import Selector
 from glasshouse.v1 import generation_pb2 as generation_pb
 from glasshouse.v1 import readouts_pb2 as pb
 from glasshouse.v1 import tensors_pb2 as tensors_pb
+from glasshouse.wire import reasons
 
 from . import fields, tensors
 from .selectors import selector
@@ -23,8 +28,10 @@ from .token_strings import TokenStrings
 
 DEFAULT_LENS_TOP_K = 5
 MAX_TOP_K = 100
-# Bytes of an entry of top tokens: an id and a log-probability.
-TOP_ENTRY_BYTES = 8
+DEFAULT_FEATURES_TOP_K = 8
+MAX_FEATURES_TOP_K = 1024
+# Bytes of an entry of top tokens, an id and a log-probability, and of one of features, an id and an activation.
+ENTRY_BYTES = 8
 
 _DTYPES: dict[int, WireDType] = {
     tensors_pb.DTYPE_UNSPECIFIED: "float32",
@@ -65,10 +72,33 @@ def _readout(message: pb.Readout, field: str, limits: Limits) -> Readout:
             return ReadLogitLens(
                 hook_point=_hook_point(lens.hook_point, path), top_k=top_k, positions=positions
             )
+        case "features":
+            return _read_features(message.features, positions, f"{field}.features")
         case None:
-            raise fields.required(field, "what to read", "set one of activations, logit_lens")
+            choices = "activations, logit_lens, features"
+            raise fields.required(field, "what to read", f"set one of {choices}")
         case other:
             raise fields.not_served(f"{field}.{other}", other)
+
+
+def _read_features(message: pb.ReadFeatures, positions: Selector, field: str) -> ReadFeatures:
+    if not message.dictionary:
+        raise fields.required(f"{field}.dictionary", "whose features", "name a dictionary that is loaded")
+    if message.features and message.HasField("top_k"):
+        raise InvalidArgument(
+            f"{field} sets both features and top_k",
+            reason=reasons.FIELD_CONFLICT,
+            field=f"{field}.top_k",
+            value=message.top_k,
+            remedy="name the features to read, or ask for the strongest",
+        )
+    top_k = 0
+    if not message.features:
+        top_k = message.top_k if message.HasField("top_k") else DEFAULT_FEATURES_TOP_K
+        fields.whole(top_k, f"{field}.top_k", 1, MAX_FEATURES_TOP_K)
+    return ReadFeatures(
+        dictionary=message.dictionary, top_k=top_k, features=tuple(message.features), positions=positions
+    )
 
 
 def _hook_point(name: str, field: str) -> str:
@@ -85,7 +115,7 @@ def fill_top_tokens(message: pb.TopTokens, top: TopTokens, strings: TokenStrings
     message.token_ids.extend(ids)
     message.logprobs.extend(top.logprobs.tolist())
     message.tokens.extend(strings.of(ids))
-    return TOP_ENTRY_BYTES * len(ids)
+    return ENTRY_BYTES * len(ids)
 
 
 def fill_values(
@@ -98,6 +128,10 @@ def fill_values(
         entry = add(readout=index)
         if isinstance(value, TopTokens):
             n_bytes += fill_top_tokens(entry.logit_lens, value, strings)
+        elif isinstance(value, FeatureActivations):
+            entry.features.feature_ids.extend(value.ids.tolist())
+            entry.features.activations.extend(value.activations.tolist())
+            n_bytes += ENTRY_BYTES * len(value.ids)
         else:
             n_bytes += tensors.fill(entry.activations, value)
     return n_bytes
