@@ -337,7 +337,9 @@ class LoadDictionaryRequest(_message.Message):
     Required; not in use.
     """
     path: _builtins.str
-    """A path on the server's disk below one of its dictionary roots, or `hf:org/repo[/folder][@revision]`. Required."""
+    """A path on the server's disk, or `hf:org/repo[/folder][@revision]`; settings that the files leave out may follow, as
+    `PATH?hook_point=blocks.3.hook_resid_post&k=50`. Required.
+    """
     def __init__(
         self,
         *,

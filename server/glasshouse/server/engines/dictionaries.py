@@ -79,7 +79,9 @@ async def _fit(
     size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
     check = await measure(engine, dictionary, points_in, points_out)
     if check.warning:
-        _log.warning("dictionary_looks_wrong", dictionary=facts.name, l0=check.l0, fvu=check.fvu, why=check.warning)
+        _log.warning(
+            "dictionary_looks_wrong", dictionary=facts.name, l0=check.l0, fvu=check.fvu, why=check.warning
+        )
     else:
         _log.info("dictionary_loaded", dictionary=facts.name, l0=round(check.l0, 1), fvu=round(check.fvu, 3))
     return HeldDictionary(
@@ -166,8 +168,8 @@ def stacked(sites: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _check(dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor) -> DictionaryCheck:
+    verdict = sanity.check(dictionary, x, y)
     features = dictionary.encode(x)
-    verdict = sanity.check(dictionary, features, x, y)
     counts = torch.bincount(features.ids.long(), minlength=dictionary.facts.d_sae)
     return DictionaryCheck(
         l0=verdict.l0,

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from glasshouse.server.dictionaries.store import DictionaryStore
+from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -23,6 +23,7 @@ from glasshouse.server.types.generation import (
     ScoreResult,
 )
 from glasshouse.server.types.hook_points import HookPoint
+from glasshouse.server.types.interventions import FloatArray
 from glasshouse.server.types.models import ModelInfo
 
 
@@ -58,6 +59,19 @@ class Engine(ABC):
     @abstractmethod
     def dictionaries(self) -> DictionaryStore:
         """The dictionaries that requests may name."""
+
+    @abstractmethod
+    def token_contributions(self, directions: FloatArray) -> FloatArray:
+        """What directions (n, d_model) in the residual stream add to the logits, (n, vocab) float32: through the final
+        norm's gain and the unembedding, the norm's scale (which depends on the rest of the stream) left out, uncapped.
+
+        Raises:
+            FailedPrecondition: the model's final norm is not known.
+        """
+
+    @abstractmethod
+    async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
+        """Loads what lies at `path` as `name`, measured and fitted to the model (see `engines.dictionaries`)."""
 
     @abstractmethod
     async def start(self) -> None:

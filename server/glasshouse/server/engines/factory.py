@@ -16,7 +16,7 @@ def create_engine(name: str, settings: EngineSettings) -> Engine:
 
     Raises:
         InvalidArgument: no such engine.
-        FailedPrecondition: the model or a dictionary cannot be served by this engine.
+        FailedPrecondition: the model cannot be served by this engine. Dictionaries are loaded by `start`.
     """
     if name not in ENGINES:
         raise InvalidArgument(
@@ -34,14 +34,6 @@ def create_engine(name: str, settings: EngineSettings) -> Engine:
             value=name,
             remedy="use --engine transformers",
         )
-    if settings.dictionaries:
-        raise FailedPrecondition(
-            "this build does not serve dictionaries",
-            reason=reasons.CAPABILITY_MISSING,
-            field="dictionaries",
-            value=", ".join(settings.dictionaries),
-            remedy="leave --dictionary out",
-        )
     from glasshouse.server.models.loading import load_model
 
     from .transformers.engine import TransformersEngine
@@ -53,4 +45,6 @@ def create_engine(name: str, settings: EngineSettings) -> Engine:
         device=settings.device,
         allow_remote_code=settings.allow_remote_code,
     )
-    return TransformersEngine(loaded, limits=settings.limits, threads=settings.threads)
+    return TransformersEngine(
+        loaded, limits=settings.limits, threads=settings.threads, preload=settings.dictionaries
+    )

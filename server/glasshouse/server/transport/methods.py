@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from google.longrunning import operations_pb2
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from glasshouse.v1 import activations_pb2, generation_pb2, models_pb2
+from glasshouse.v1 import activations_pb2, dictionaries_pb2, generation_pb2, models_pb2
 
-# Methods that only keys of the role admin may call. None yet: what is served so far reads and generates.
-ADMIN_METHODS: frozenset[str] = frozenset()
+# Methods that only keys of the role admin may call: they read the server's disk and change what others are served.
+ADMIN_METHODS = frozenset({"DictionaryService/LoadDictionary", "DictionaryService/UnloadDictionary"})
 
 
 class Malformed:
@@ -58,7 +59,13 @@ def methods_of(*files: FileDescriptor) -> tuple[Method, ...]:
     )
 
 
-METHODS = methods_of(models_pb2.DESCRIPTOR, generation_pb2.DESCRIPTOR, activations_pb2.DESCRIPTOR)
+METHODS = methods_of(
+    models_pb2.DESCRIPTOR,
+    generation_pb2.DESCRIPTOR,
+    activations_pb2.DESCRIPTOR,
+    dictionaries_pb2.DESCRIPTOR,
+    operations_pb2.DESCRIPTOR,
+)
 SERVICES = tuple(dict.fromkeys(method.service for method in METHODS))
 
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from glasshouse.server.operations.manager import OperationManager, OperationSettings
 from glasshouse.server.services.activations import ActivationServicer
 from glasshouse.server.services.catalogue import Catalogue
+from glasshouse.server.services.dictionaries import DictionaryServicer
 from glasshouse.server.services.generation import GenerationServicer
 from glasshouse.server.services.models import ModelServicer
+from glasshouse.server.services.operations import OperationServicer
 from glasshouse.server.types.configuration import Settings
 
 from .gate import Gate
@@ -24,6 +27,7 @@ from .logs import Logger
 from .methods import METHODS, SERVICES
 from .metrics import Metrics
 from .standard import NOT_SERVING, SERVING, HealthServicer, health_handlers, reflection_handlers
+from .status import rich_status
 
 if TYPE_CHECKING:
     from glasshouse.server.engines.engine import Engine
@@ -39,6 +43,7 @@ _HEALTH_CHANGE_S = 1.0
 class _Running:
     gate: Gate
     engines: tuple[Engine, ...]
+    operations: OperationManager
     watch: asyncio.Task[None]
 
 
@@ -69,10 +74,13 @@ class Server:
         settings, limits = self._settings, self._settings.limits
         self._engines = tuple(engines)
         catalogue = Catalogue(self._engines)
+        operations = OperationManager(OperationSettings())
         servicers = {
             "glasshouse.v1.ModelService": ModelServicer(catalogue, limits),
             "glasshouse.v1.GenerationService": GenerationServicer(catalogue, limits, settings.streams),
             "glasshouse.v1.ActivationService": ActivationServicer(catalogue, limits),
+            "glasshouse.v1.DictionaryService": DictionaryServicer(catalogue, limits, operations),
+            "google.longrunning.Operations": OperationServicer(operations, lambda error: rich_status(error, "")),
         }
         gate = Gate(keys=self._keys, limits=limits, metrics=self.metrics, log=self._log)
         for service in SERVICES:
@@ -88,7 +96,10 @@ class Server:
         await self._set_health(self._healthy())
         await self._server.start()
         self._running = _Running(
-            gate=gate, engines=self._engines, watch=asyncio.create_task(self._watch_engines())
+            gate=gate,
+            engines=self._engines,
+            operations=operations,
+            watch=asyncio.create_task(self._watch_engines()),
         )
 
     async def drain(self) -> bool:
@@ -113,6 +124,7 @@ class Server:
         """Ends what is left and stops listening. Engines are stopped by whoever started them."""
         if self._running is not None:
             self._running.watch.cancel()
+            await self._running.operations.stop()
         await self._server.stop(_LAST_WORDS_S)
         if self.address.is_unix:
             _remove_socket(self.address)

@@ -92,7 +92,7 @@ class StreamSettings:
     comes.
     """
 
-    gather_ms_per_stream: float = 0.5
+    gather_ms_per_stream: float = 1.0
     max_gather_ms: float = 40.0
 
 

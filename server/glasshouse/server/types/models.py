@@ -27,3 +27,5 @@ class ModelInfo:
     bos_token_id: int | None
     special_token_ids: frozenset[int]
     capabilities: tuple[str, ...]
+    # Logits are tanh(x / c) c of what `unembed` reads, where the model caps them.
+    final_logit_softcap: float | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -17,13 +17,15 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
-from glasshouse.server.dictionaries.store import DictionaryStore
+from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
+from glasshouse.server.engines import dictionaries
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation
 from glasshouse.server.hooks.table import HookTable
+from glasshouse.server.models.families.norms import NormKind, regain
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.tokenizer import TextCodec
-from glasshouse.server.types.errors import InvalidArgument, ResourceExhausted
+from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from glasshouse.server.types.generation import (
     ExtractedInput,
     ExtractionRequest,
@@ -33,6 +35,7 @@ from glasshouse.server.types.generation import (
     ScoreResult,
 )
 from glasshouse.server.types.hook_points import HookPoint
+from glasshouse.server.types.interventions import FloatArray
 from glasshouse.server.types.limits import Limits
 from glasshouse.server.types.models import ModelInfo
 from glasshouse.wire import reasons
@@ -60,10 +63,12 @@ class TransformersEngine(Engine):
         limits: Limits,
         threads: int | None = None,
         steps: SchedulerSettings | None = None,
+        preload: Mapping[str, str] | None = None,
     ) -> None:
         self._loaded = loaded
         self._limits = limits
         self._threads = threads
+        self._preload = dict(preload or {})
         self._table = HookTable(loaded)
         self._info = ModelInfo(
             name=loaded.name,
@@ -84,6 +89,7 @@ class TransformersEngine(Engine):
             bos_token_id=loaded.bos_token_id,
             special_token_ids=loaded.special_token_ids,
             capabilities=CAPABILITIES,
+            final_logit_softcap=loaded.family.final_logit_softcap,
         )
         self._dictionaries = DictionaryStore(limits.max_dictionary_bytes)
         self._preparation = Preparation(
@@ -141,12 +147,38 @@ class TransformersEngine(Engine):
     # -- life ----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Starts the thread and warms the model up with one token."""
+        """Starts the thread, warms the model up, and loads the dictionaries it was made with."""
         self._thread = threading.Thread(target=self._run, name="glasshouse-engine", daemon=True)
         self._thread.start()
         warm_up = GenerationRequest(prompt=(self._info.bos_token_id or 0,), max_tokens=2)
         async for _ in self.generate(warm_up):
             pass
+        for name, path in self._preload.items():
+            await self.load_dictionary(name, path)
+
+    @torch.inference_mode()
+    def token_contributions(self, directions: FloatArray) -> FloatArray:
+        """Logit contributions of directions; see `Engine`. Reads weights only, so any thread may call it."""
+        family, module = self._loaded.family, self._loaded.model
+        if family.norm is None or family.norm_kind is None:
+            raise FailedPrecondition(
+                f"the final norm of a {family.name} model is not known here",
+                reason=reasons.CAPABILITY_MISSING,
+                remedy="use a model of a supported family",
+            )
+        norm = module.get_submodule(family.norm)
+        rows = torch.from_numpy(directions).to(self._loaded.device, self._loaded.dtype)
+        if family.norm_kind is NormKind.LAYER:
+            rows = rows - rows.mean(dim=-1, keepdim=True)
+        # Without the gain's and the head's constant parts, which no direction brings about.
+        nothing = family.unembed(module, regain(family.norm_kind, norm, torch.zeros_like(rows[:1])))[0]
+        logits = family.unembed(module, regain(family.norm_kind, norm, rows))[0] - nothing
+        host: FloatArray = logits.float().cpu().numpy()
+        return host
+
+    async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
+        """Loads, fits and measures a dictionary; see `engines.dictionaries`."""
+        return await dictionaries.load(self, self._table, name, path)
 
     async def stop(self) -> None:
         """Stops the thread; what still runs ends with Unavailable."""

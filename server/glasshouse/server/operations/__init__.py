@@ -1,0 +1,1 @@
+"""Long work: queued, with progress, cancelled on request, its result kept for a while."""
