@@ -6,6 +6,7 @@ out of a generation is known beforehand: the prompt's bytes again and again.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from time import perf_counter
@@ -74,6 +75,21 @@ class FakeCodec:
         return turns + ("<assistant>" if add_generation_prompt else "")
 
 
+def playing_a_part(engine: type[Engine]) -> type[Engine]:
+    """Lets a fake be made without what it does not play: those methods raise when they are called."""
+
+    def missing(name: str) -> Any:
+        def not_played(*arguments: Any, **options: Any) -> Any:
+            raise NotImplementedError(f"the fake engine does not play {name}")
+
+        return not_played
+
+    for name in engine.__abstractmethods__:
+        setattr(engine, name, missing(name))
+    return abc.update_abstractmethods(engine)
+
+
+@playing_a_part
 class FakeEngine(Engine):
     """Generates the prompt's tokens in a circle, `step_s` apart, `burst` at a time.
 
@@ -118,13 +134,6 @@ class FakeEngine(Engine):
             )
             for layer in range(N_LAYERS)
         ]  # fmt: skip
-
-    @property
-    def dictionaries(self) -> Any:
-        raise NotImplementedError("the fake engine has no dictionaries")
-
-    async def load_dictionary(self, name: str, path: str) -> Any:
-        raise NotImplementedError("the fake engine has no dictionaries")
 
     async def start(self) -> None:
         self.stopped = False
