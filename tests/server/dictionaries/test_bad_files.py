@@ -46,7 +46,7 @@ def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
         tensors.pop(name)
         if tensor is not None:
             tensors[name] = tensor
-    os.replace(_saved(tensors, folder), path)
+    _saved(tensors, folder).replace(path)
 
 
 def _saved(tensors: dict[str, torch.Tensor], folder: Path) -> Path:

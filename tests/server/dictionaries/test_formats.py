@@ -35,6 +35,7 @@ def test_format_on_its_documented_layout(name: str, tmp_path: Path) -> None:
     case = CASES[name](tmp_path)
     dictionary = open_dictionary("d", f"{case.path}{case.query}")
     agree(dictionary, case)
+    agree(dictionary.to("cpu"), case)
     assert dictionary.facts.name == "d"
     assert dictionary.first_not_finite() == ""
     assert estimate_bytes(case.path) >= sum(t.numel() for t in (case.f[0],)) * 4
