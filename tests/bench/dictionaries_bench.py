@@ -1,11 +1,13 @@
-"""The encode bars of issue 3: top-32 of 4,096 positions, d_in 2,048, d_sae 65,536, bfloat16 and float32 on CPU.
+"""The encode bars of issue 3: top-32 of 4,096 positions, d_in 2,048, d_sae 65,536, bfloat16 and float32 on
+CPU.
 
 Run alone: `python tests/bench/dictionaries_bench.py [--threads 2] [--repeats 3]`. Each line is
 `NAME VALUE UNIT (baseline ..., bar ...)`. The baselines are taken in the same process, alternating with ours:
 
 - the bare product `x @ W_enc` of the same shape, dtype and layout (bar: at least 0.85 of its speed)
-- the product, bias, ReLU and torch.topk, which is what sae-lens' `encode` then `topk` computes; with the peers'
-  environment (GLASSHOUSE_PEERS_PYTHON) sae-lens itself is measured in it instead (bar: at least 1.1 times)
+- the product, bias, ReLU and torch.topk, which is what sae-lens' `encode` then `topk` computes; with the
+  peers' environment (GLASSHOUSE_PEERS_PYTHON) sae-lens itself is measured in it instead (bar: at least 1.1
+  times)
 - memory: the high-water mark of the process over the encode, against the full (positions, d_sae) matrix
 - opening a 2 GiB safetensors dictionary, and reading the decoder row of one feature
 """

@@ -24,5 +24,6 @@ class Gated(Activation):
     name: str = "gated"
 
     def score(self, h: Tensor, features: FeatureRange) -> Tensor:
-        shut = h <= -self.b_gate[features]
-        return h.mul_(self.r_mag[features].exp()).add_(self.b_mag[features]).relu_().masked_fill_(shut, 0.0)
+        shut = h <= -self.b_gate[features].float()
+        scale, shift = self.r_mag[features].float().exp(), self.b_mag[features].float()
+        return h.mul_(scale).add_(shift).relu_().masked_fill_(shut, 0.0)

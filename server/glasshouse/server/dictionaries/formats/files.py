@@ -34,7 +34,7 @@ MAX_CONFIG_BYTES = 16 << 20
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 #: Tensors up to this size are searched for NaN on load; larger ones by a sample of their rows.
 CHECK_WHOLE_BYTES = 16 << 20
-SAMPLED_ROWS = 64
+SAMPLED_ROWS = 16
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 PICKLE_REMEDY = (
