@@ -50,7 +50,20 @@ _log = structlog.get_logger(__name__)
 CAPABILITIES = ("generate", "score", "extract", "intervene", "readout", "logit_lens", "features")
 # Forward-only requests wait in a queue of their own.
 _MAX_JOBS = 64
+# Models below this decode on one thread.
+_SMALL_PARAMETERS = 50_000_000
 T = TypeVar("T")
+
+
+def decode_threads(loaded: LoadedModel, threads: int | None) -> int | None:
+    """Threads of a decoding step on a CPU. A small model's matrices are done before a second thread has begun, and threads
+    that wait for one another take the cores that the server and its callers need.
+    """
+    if loaded.device.type != "cpu":
+        return None
+    n_parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    most = threads or torch.get_num_threads()
+    return 1 if n_parameters < _SMALL_PARAMETERS else most
 
 
 class TransformersEngine(Engine):
@@ -67,7 +80,6 @@ class TransformersEngine(Engine):
     ) -> None:
         self._loaded = loaded
         self._limits = limits
-        self._threads = threads
         self._preload = dict(preload or {})
         self._table = HookTable(loaded)
         self._info = ModelInfo(
@@ -102,6 +114,8 @@ class TransformersEngine(Engine):
             max_running=limits.max_running,
             max_cached_positions=limits.max_cache_bytes // position_bytes,
             max_backlog_bytes=limits.max_buffered_bytes // 2,
+            decode_threads=decode_threads(loaded, threads),
+            prompt_threads=threads or (torch.get_num_threads() if loaded.device.type == "cpu" else None),
         )
         self._scheduler = Scheduler(self._model, self._settings)
         self._inbox: deque[GenerationRow | AnyJob] = deque()
@@ -305,8 +319,6 @@ class TransformersEngine(Engine):
             self._wake.notify()
 
     def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
         try:
             while not self._stopping:
                 self._take_inbox()

@@ -24,6 +24,10 @@ from .passes import logits_at
 from .row import GenerationRow
 
 
+# Prompts of fewer tokens together are not worth more threads.
+_SHORT_TOKENS = 256
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
     """Bounds of a step. Tokens count padding."""
@@ -36,6 +40,21 @@ class SchedulerSettings:
     bulk_tokens: int = 4096
     bulk_tokens_shared: int = 1024
     max_backlog_bytes: int = 64 << 20
+    # CPU threads of a decoding step, whose matrices are small, and of the passes over prompts. None: the library's.
+    decode_threads: int | None = None
+    prompt_threads: int | None = None
+
+
+class _Threads:
+    """The library's thread count, changed only when it has to be: each change starts threads anew."""
+
+    def __init__(self) -> None:
+        self._now: int | None = None
+
+    def use(self, count: int | None) -> None:
+        if count is not None and count != self._now:
+            torch.set_num_threads(count)
+            self._now = count
 
 
 class Scheduler:
@@ -49,6 +68,7 @@ class Scheduler:
         self.jobs: deque[AnyJob] = deque()
         # A prompt too long for one pass, between its pieces.
         self._long: tuple[GenerationRow, PromptFeed] | None = None
+        self._threads = _Threads()
 
     @property
     def n_running(self) -> int:
@@ -68,10 +88,14 @@ class Scheduler:
         """Does one step. A failure ends the requests it concerns, and only those."""
         self._let_go()
         if self._long is not None:
+            self._threads.use(self._settings.prompt_threads)
             self._guard([self._long[0]], self._feed_long)
         elif admitted := self._admit():
+            short = sum(row.n_prompt for row in admitted) < _SHORT_TOKENS
+            self._threads.use(self._settings.decode_threads if short else self._settings.prompt_threads)
             self._guard(admitted, lambda: self._feed(admitted))
         if self.decoding.rows:
+            self._threads.use(self._settings.decode_threads)
             self._guard(list(self.decoding.rows), self.decoding.step)
         self._bulk()
 
@@ -171,6 +195,7 @@ class Scheduler:
                 continue
             budget = self._settings.bulk_tokens_shared if self.n_running else self._settings.bulk_tokens
             piece = max(budget, self._settings.prefill_tokens)
+            self._threads.use(self._settings.prompt_threads)
             try:
                 job.step(budget, piece)
             except ServingError as error:
