@@ -1,6 +1,6 @@
 """Encoding at the speed of the matrix product, without the (positions, d_sae) matrix.
 
-1. The features are cut into tiles of about 4M scores (`tile_width`). Each tile's product is written into one
+1. The features are cut into tiles of about 8M scores (`tile_width`). Each tile's product is written into one
    reused buffer, small enough to stay in the last-level cache and never faulted in twice.
 2. Competing architectures and top-k requests keep a running table of each row's k best. Once it is full, a
    score matters only if it beats its row's k-th best, and after the first tiles almost none does: the maximum
@@ -30,7 +30,7 @@ from torch import Tensor
 from glasshouse.server.dictionaries.architectures.activation import Selection
 from glasshouse.server.dictionaries.features import NO_FEATURE, SparseFeatures, TopKFeatures
 
-TILE_SCORES = 1 << 22
+TILE_SCORES = 1 << 23
 NARROWEST_TILE = 512
 BLOCK = 64
 #: Rows encoded at a time: bounds the running tables and the tiles for very long inputs.

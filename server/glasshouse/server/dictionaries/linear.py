@@ -60,8 +60,7 @@ class LinearDictionary(Dictionary):
         )
         self._offsets = (0, *itertools.accumulate(p.group_sizes))
 
-    # ---- encode
-    # ----------------------------------------------------------------------------------------------
+    # ---- encode ----
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseFeatures:
@@ -221,8 +220,7 @@ class LinearDictionary(Dictionary):
             values = values.masked_fill((ids == NO_FEATURE).expand_as(values), 0.0)
         return values
 
-    # ---- decode
-    # ----------------------------------------------------------------------------------------------
+    # ---- decode ----
 
     @torch.no_grad()
     def decode(self, features: SparseFeatures, x: Tensor | None = None) -> Tensor:
@@ -311,8 +309,7 @@ class LinearDictionary(Dictionary):
             scale = scale * self.parameters.normalisation.way_back(sites).scale
         return scale.squeeze(1) if n_out == 1 else scale
 
-    # ---- whole-file facts, lazily
-    # ----------------------------------------------------------------------------
+    # ---- whole-file facts, lazily ----
 
     @cached_property
     def decoder_norms(self) -> Tensor:
