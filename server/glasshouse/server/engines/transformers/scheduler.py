@@ -23,7 +23,6 @@ from .feed import FedPass, Model, Prompt, PromptFeed
 from .passes import logits_at
 from .row import GenerationRow
 
-
 # Prompts of fewer tokens together are not worth more threads.
 _SHORT_TOKENS = 256
 
