@@ -1,0 +1,65 @@
+"""`python -m glasshouse.tour`: the stages in order. Exit status 0 only when everything worked."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from glasshouse.client import Client, GlasshouseError
+from glasshouse.tour import crowd, mood, page, reading, refusals, writing
+from glasshouse.tour.guide import Guide, TourError
+from glasshouse.tour.screen import Screen
+from glasshouse.tour.server_process import ServerProcess, ServerProcessError
+
+COMMAND = ("--model", "fable", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+
+
+def take(screen: Screen) -> None:
+    """Everything, from the server's start to its end.
+
+    Raises:
+        TourError, ServerProcessError, GlasshouseError: something did not work.
+    """
+    begun = time.perf_counter()
+    screen.stage("A server with its embedded model, fable")
+    screen.code("glasshouse serve " + " ".join(COMMAND))
+    with ServerProcess(*COMMAND) as server, Client(server.target) as client:
+        client.wait_ready()
+        screen.say(server.start_line)
+        model = client.model()
+        info = model.info
+        screen.note(
+            f"Ready after {server.startup_seconds:.1f} s: {info.family}, {info.n_layers} layers, d_model "
+            f"{info.d_model}, vocabulary {info.vocab_size}, context {info.context_length}, {info.dtype} on {info.device}."
+        )
+        guide = Guide(screen=screen, server=server, client=client, model=model)
+        reading.list_hook_points(guide)
+        reading.read_activations(guide)
+        reading.read_lens(guide)
+        writing.generate(guide)
+        direction = mood.compute_direction(guide)
+        mood.steer_both_ways(guide, direction)
+        crowd.stream_together(guide, direction)
+        refusals.show_a_mistake(guide)
+        page.show_metrics(guide)
+        screen.stage("The end")
+        seconds = server.stop()
+        screen.note(f"SIGTERM; the server drained and ended with status 0 after {seconds:.1f} s.")
+    screen.say(f"The tour took {time.perf_counter() - begun:.0f} s.", style="bold")
+
+
+def main() -> int:
+    """The exit status."""
+    screen = Screen()
+    try:
+        take(screen)
+    except (TourError, ServerProcessError, GlasshouseError) as error:
+        screen.console.print(f"\nThe tour failed: {error}", style="bold red", markup=False)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

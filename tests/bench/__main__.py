@@ -1,0 +1,46 @@
+"""`python -m tests.bench [--only NAME ...] [--repeats N] [--cores N]`: every bar, on two cores.
+
+Exit status 1 where a figure is below its bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from .bars.registry import BARS
+from .harness import RESULTS, Results
+from .workbench import Workbench
+
+
+def pin(n_cores: int) -> int:
+    """Keeps this process and those it starts to `n_cores` cores, where the system can; how many it has."""
+    if not hasattr(os, "sched_setaffinity"):
+        return min(n_cores, os.cpu_count() or 1)
+    cores = sorted(os.sched_getaffinity(0))[:n_cores]
+    os.sched_setaffinity(0, cores)
+    return len(cores)
+
+
+def main() -> int:
+    """Measures, prints, writes; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure the bars.")
+    parser.add_argument("--only", metavar="NAME", action="append", choices=list(BARS), help=", ".join(BARS))
+    parser.add_argument("--repeats", metavar="N", type=int, default=5, help="turns of each comparison")
+    parser.add_argument("--cores", metavar="N", type=int, default=2)
+    arguments = parser.parse_args()
+    n_cores = pin(arguments.cores)
+    results = Results()
+    with Workbench(threads=n_cores, repeats=arguments.repeats) as bench:
+        for name in arguments.only or BARS:
+            BARS[name](bench, results.report)
+    results.write()
+    for figure in results.missed:
+        print(f"below its bar: {figure.name}", file=sys.stderr)
+    print(f"{len(results.figures)} figures in {RESULTS.relative_to(RESULTS.parents[1])}", file=sys.stderr)
+    return 1 if results.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Every bar by name, in the order they are measured. A bar is a function of the workbench and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..harness import Report
+from ..workbench import Workbench
+from . import concurrency, exactness, extraction, startup, static_batch, steering, transport
+
+Bar = Callable[[Workbench, Report], None]
+
+BARS: Mapping[str, Bar] = {
+    "exactness": exactness.run,
+    "startup": startup.run,
+    "concurrency": concurrency.run,
+    "static_batch": static_batch.run,
+    "steering": steering.run,
+    "transport": transport.run,
+    "extraction": extraction.run,
+}
