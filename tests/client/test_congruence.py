@@ -13,14 +13,21 @@ import pytest
 from glasshouse.client import (
     Activations,
     AsyncClient,
+    AsyncDictionary,
+    AsyncOperation,
     Client,
+    Dictionary,
     GlasshouseError,
+    Operation,
+    ablate_feature,
     add_vector,
     aio,
     at,
     prompt,
     read_activations,
+    read_features,
     read_logit_lens,
+    set_feature,
     sync,
 )
 from glasshouse.client.testing import FakeServer
@@ -54,11 +61,34 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
         interventions=[EDIT],
         readouts=[read_activations(HOOK), read_logit_lens(HOOK, 2, prompt())],
     ).result(),
+    "dictionaries": lambda client, model: model.dictionaries(),
+    "dictionary": lambda client, model: model.dictionary("resid-post-1"),
+    "load_dictionary": lambda client, model: model.load_dictionary("new", "folder/layer0"),
+    "generate with features": lambda client, model: model.generate(
+        "abc",
+        max_tokens=3,
+        seed=3,
+        interventions=[set_feature("resid-post-1", [3, 4], 2.0), ablate_feature("resid-post-0", 1)],
+        readouts=[read_features("resid-post-1", top_k=3), read_features("resid-post-1", features=[0, 3])],
+    ).result(),
+    "no such dictionary": lambda client, model: model.dictionary("resid-post"),
     "no such model": lambda client, model: client.model("nope"),
     "no such hook point": lambda client, model: model.activations("a", hook_points="nope"),
     "bad width": lambda client, model: model.score("a", interventions=[add_vector(HOOK, [1.0])]),
     "no tokens": lambda client, model: model.generate("a", max_tokens=0).result(),
     "deadline": lambda client, model: model.generate("a", max_tokens=50, timeout=1e-6).result(),
+}
+
+
+DICTIONARY_CALLS: dict[str, Callable[[Any], Any]] = {
+    "encode": lambda sae: sae.encode("hé", top_k=3, positions=slice(1, None)),
+    "encode many": lambda sae: sae.encode(["a", [7, 8], "bc"], features=[3, 1]),
+    "encode activations": lambda sae: sae.encode(activations=np.ones((3, 8))),
+    "decode": lambda sae: sae.decode({3: 1.0, 5: 2.0}, bias=False),
+    "feature": lambda sae: sae.feature(3, n_tokens=2),
+    "unload": lambda sae: sae.unload(),
+    "encode nothing": lambda sae: sae.encode(),
+    "no such feature": lambda sae: sae.feature(24),
 }
 
 
@@ -68,6 +98,8 @@ def plain(value: Any) -> Any:
         return type(value), plain({key: v for key, v in vars(value).items() if key != "request_id"})
     if isinstance(value, Activations):
         return plain([dict(value), value.token_ids, value.tokens, value.positions, value.receipt])
+    if isinstance(value, (Dictionary, AsyncDictionary)):
+        return plain(value.info)
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, (sync.Model, aio.AsyncModel)):
@@ -100,11 +132,31 @@ async def test_same_call_same_outcome(call: Callable[[Any, Any], Any]) -> None:
     assert plain(outcomes[0]) == plain(outcomes[1])
 
 
+@pytest.mark.parametrize("call", DICTIONARY_CALLS.values(), ids=list(DICTIONARY_CALLS))
+async def test_same_call_same_outcome_on_a_dictionary(call: Callable[[Any], Any]) -> None:
+    outcomes = []
+    for _ in range(2):
+        with FakeServer() as server:
+            try:
+                if not outcomes:
+                    with Client(server.target) as client:
+                        outcomes.append(call(client.model().dictionary("resid-post-1")))
+                else:
+                    async with AsyncClient(server.target) as async_client:
+                        model = await async_client.model()
+                        outcomes.append(await call(await model.dictionary("resid-post-1")))
+            except GlasshouseError as error:
+                outcomes.append(error)
+    assert plain(outcomes[0]) == plain(outcomes[1])
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         (sync.Client, aio.AsyncClient),
         (sync.Model, aio.AsyncModel),
+        (Dictionary, AsyncDictionary),
+        (Operation, AsyncOperation),
         (sync.GenerationStream, aio.AsyncGenerationStream),
     ],
 )

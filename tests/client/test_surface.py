@@ -11,7 +11,7 @@ from glasshouse.client import testing
 
 CONTRACT = {
     "Client", "AsyncClient", "add_vector", "ablate_direction", "replace", "read_activations",
-    "read_logit_lens", "prompt", "generated", "last", "at", "span", "GlasshouseError",
+    "read_logit_lens", "set_feature", "scale_feature", "read_features", "prompt", "generated", "last", "at", "span", "GlasshouseError",
     "InvalidArgumentError", "NotFoundError",
     "FailedPreconditionError", "ResourceExhaustedError", "UnauthenticatedError", "PermissionDeniedError",
     "UnavailableError", "DeadlineExceededError", "CancelledError",
@@ -21,6 +21,9 @@ BEYOND = {
     "GenerationStream", "HookPointInfo", "Intervention", "InterventionReceipt", "LensReadout", "Model",
     "ModelInfo", "Positions", "Progress", "PromptReadouts", "Readout", "RenderedChat", "Score", "TLSConfig",
     "Tokens", "TopTokens", "Usage", "cap_projection", "positions", "rotate",
+    "AsyncDictionary", "AsyncOperation", "DecoderNorms", "Dictionary", "DictionaryCheck", "DictionaryEvaluation",
+    "DictionaryInfo", "EncodedFeatures", "FeatureActivations", "FeatureInfo", "FeatureRows", "FeatureSummary",
+    "FeatureTable", "LogitEffects", "NearestFeature", "Operation", "OperationProgress", "ablate_feature",
 }  # fmt: skip
 
 
@@ -63,6 +66,25 @@ def test_signatures_of_the_contract() -> None:
     assert parameters(sdk.replace) == ["hook_point", "activations", "positions=None"]
     assert parameters(sdk.read_activations) == ["hook_point", "positions=None"]
     assert parameters(sdk.read_logit_lens)[:2] == ["hook_point", "top_k=5"]
+    assert parameters(sdk.set_feature) == ["dictionary", "feature", "value", "positions=None"]
+    assert parameters(sdk.scale_feature) == ["dictionary", "feature", "factor", "positions=None"]
+    assert parameters(sdk.ablate_feature) == ["dictionary", "feature", "positions=None"]
+    assert parameters(sdk.read_features)[:3] == ["dictionary", "top_k=None", "features=()"]
+
+
+def test_signatures_of_dictionaries() -> None:
+    assert parameters(sdk.Model.dictionary) == ["name"]
+    assert parameters(sdk.Model.load_dictionary) == ["name", "path"]
+    dictionary = sdk.Dictionary
+    assert parameters(dictionary.encode) == [
+        "input=None", "activations=None", "top_k=0", "features=()", "positions=None", "interventions=()",
+    ]  # fmt: skip
+    assert parameters(dictionary.decode) == ["features", "bias=True"]
+    assert parameters(dictionary.feature) == ["index", "n_tokens=10", "n_nearest=5"]
+    assert parameters(dictionary.features) == ["order='index'", "page_size=100"]
+    assert parameters(dictionary.evaluate) == ["inputs=None", "max_tokens=0"]
+    assert parameters(sdk.EncodedFeatures.top) == ["k=5"]
+    assert list(inspect.signature(sdk.Operation.result).parameters) == ["self", "timeout", "on_progress"]
 
 
 def test_the_client_imports_no_torch_and_no_server() -> None:

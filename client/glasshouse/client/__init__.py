@@ -17,7 +17,20 @@
 
 from glasshouse.client import positions
 from glasshouse.client.aio import AsyncClient, AsyncGenerationStream, AsyncModel
+from glasshouse.client.aio_operation import AsyncOperation
 from glasshouse.client.connection import TLSConfig
+from glasshouse.client.dictionaries.aio import AsyncDictionary
+from glasshouse.client.dictionaries.sync import Dictionary
+from glasshouse.client.dictionaries.values import (
+    DecoderNorms,
+    DictionaryCheck,
+    DictionaryEvaluation,
+    DictionaryInfo,
+    FeatureInfo,
+    FeatureSummary,
+    LogitEffects,
+    NearestFeature,
+)
 from glasshouse.client.exceptions import (
     CancelledError,
     DeadlineExceededError,
@@ -30,18 +43,24 @@ from glasshouse.client.exceptions import (
     UnauthenticatedError,
     UnavailableError,
 )
+from glasshouse.client.feature_tables import FeatureTable
+from glasshouse.client.features import EncodedFeatures, FeatureActivations, FeatureRows
 from glasshouse.client.inputs import ChatMessage
 from glasshouse.client.interventions import (
     Intervention,
     ablate_direction,
+    ablate_feature,
     add_vector,
     cap_projection,
     replace,
     rotate,
+    scale_feature,
+    set_feature,
 )
+from glasshouse.client.operations import OperationProgress
 from glasshouse.client.positions import Positions, at, generated, last, prompt, span
 from glasshouse.client.positions import all as all
-from glasshouse.client.readouts import Readout, read_activations, read_logit_lens
+from glasshouse.client.readouts import Readout, read_activations, read_features, read_logit_lens
 from glasshouse.client.results import (
     Activations,
     GeneratedToken,
@@ -59,17 +78,31 @@ from glasshouse.client.results import (
     Usage,
 )
 from glasshouse.client.sync import Client, GenerationStream, Model
+from glasshouse.client.sync_operation import Operation
 
 __all__ = [
     "Activations",
     "AsyncClient",
+    "AsyncDictionary",
     "AsyncGenerationStream",
     "AsyncModel",
+    "AsyncOperation",
     "CancelledError",
     "ChatMessage",
     "Client",
     "DeadlineExceededError",
+    "DecoderNorms",
+    "Dictionary",
+    "DictionaryCheck",
+    "DictionaryEvaluation",
+    "DictionaryInfo",
+    "EncodedFeatures",
     "FailedPreconditionError",
+    "FeatureActivations",
+    "FeatureInfo",
+    "FeatureRows",
+    "FeatureSummary",
+    "FeatureTable",
     "GeneratedToken",
     "GenerationResult",
     "GenerationStream",
@@ -79,9 +112,13 @@ __all__ = [
     "InterventionReceipt",
     "InvalidArgumentError",
     "LensReadout",
+    "LogitEffects",
     "Model",
     "ModelInfo",
+    "NearestFeature",
     "NotFoundError",
+    "Operation",
+    "OperationProgress",
     "PermissionDeniedError",
     "Positions",
     "Progress",
@@ -97,6 +134,7 @@ __all__ = [
     "UnavailableError",
     "Usage",
     "ablate_direction",
+    "ablate_feature",
     "add_vector",
     "at",
     "cap_projection",
@@ -105,8 +143,11 @@ __all__ = [
     "positions",
     "prompt",
     "read_activations",
+    "read_features",
     "read_logit_lens",
     "replace",
     "rotate",
+    "scale_feature",
+    "set_feature",
     "span",
 ]

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, overload
 
 from glasshouse.client import calls
 from glasshouse.client.aio_transport import AsyncMessageStream, AsyncTransport
 from glasshouse.client.connection import TLSConfig, connection
+from glasshouse.client.dictionaries import calls as dictionary_calls
+from glasshouse.client.dictionaries.aio import AsyncDictionary
+from glasshouse.client.dictionaries.values import DictionaryInfo
 from glasshouse.client.generation import GenerationView
 from glasshouse.client.inputs import ChatMessageLike, InputLike, as_inputs
 from glasshouse.client.interventions import Intervention
@@ -70,25 +74,11 @@ class AsyncClient:
 
     async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """The models served, by name."""
-        return await all_pages(self._transport, calls.list_models, timeout)
+        return [info async for info in self._transport.items(calls.list_models, timeout)]
 
     async def model(self, name: str | None = None, *, timeout: float | None = None) -> AsyncModel:
         """One model; without a name the only one served. Raises NotFoundError with the closest names."""
         return AsyncModel(self._transport, await self._transport.unary(calls.get_model(name), timeout))
-
-
-async def all_pages(
-    transport: AsyncTransport, page: Callable[[str], calls.UnaryCall[Any]], timeout: float | None
-) -> list[Any]:
-    """The items of every page."""
-    items: list[Any] = []
-    token = ""
-    while True:
-        found = await transport.unary(page(token), timeout)
-        items += found.items
-        token = found.next_page_token
-        if not token:
-            return items
 
 
 class AsyncModel:
@@ -104,9 +94,8 @@ class AsyncModel:
 
     async def hook_points(self, *, timeout: float | None = None) -> list[HookPointInfo]:
         """What can be read and edited, in the order of the forward pass."""
-        return await all_pages(
-            self._transport, lambda token: calls.list_hook_points(self._name, token), timeout
-        )
+        pages = partial(calls.list_hook_points, self._name)
+        return [point async for point in self._transport.items(pages, timeout)]
 
     async def tokenize(
         self, text: InputLike, add_special_tokens: bool = True, *, timeout: float | None = None
@@ -129,6 +118,24 @@ class AsyncModel:
         return await self._transport.unary(
             calls.render_chat(self._name, messages, add_generation_prompt), timeout
         )
+
+    async def dictionaries(self, *, timeout: float | None = None) -> list[DictionaryInfo]:
+        """The dictionaries loaded for this model, by name."""
+        pages = partial(dictionary_calls.list_dictionaries, self._name)
+        return [info async for info in self._transport.items(pages, timeout)]
+
+    async def dictionary(self, name: str, *, timeout: float | None = None) -> AsyncDictionary:
+        """One dictionary. Raises NotFoundError with the closest names."""
+        call = dictionary_calls.get_dictionary(self._name, name)
+        return AsyncDictionary(self._transport, await self._transport.unary(call, timeout))
+
+    async def load_dictionary(
+        self, name: str, path: str, *, timeout: float | None = None
+    ) -> list[AsyncDictionary]:
+        """Loads a dictionary that the server finds at `path`, on its disk or as `hf:org/repo`: one, or those of a
+        set as `name/part`. Needs the admin role."""
+        call = dictionary_calls.load_dictionary(self._name, name, path)
+        return [AsyncDictionary(self._transport, info) for info in await self._transport.unary(call, timeout)]
 
     @overload
     async def activations(  # type: ignore[overload-overlap]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ import grpc.aio
 from glasshouse.client.calls import StreamCall, UnaryCall
 from glasshouse.client.connection import Connection, new_request_id
 from glasshouse.client.health import CHECK, WHOLE_SERVER, Readiness
+from glasshouse.client.parsers import Page
 from glasshouse.client.retry import Attempts
 from glasshouse.client.transport import BaseTransport, cancelled
 
@@ -49,6 +51,19 @@ class AsyncTransport(BaseTransport):
                 await asyncio.sleep(delay_s)
             else:
                 return call.parse(response)
+
+    async def items(
+        self, page: Callable[[str], UnaryCall[Page[T]]], timeout: float | None
+    ) -> AsyncIterator[T]:
+        """The items of every page, each page fetched when the one before is used up."""
+        token = ""
+        while True:
+            found = await self.unary(page(token), timeout)
+            for item in found.items:
+                yield item
+            token = found.next_page_token
+            if not token:
+                return
 
     def stream(self, call: StreamCall, timeout: float | None) -> AsyncMessageStream:
         """Starts a call with a stream of responses."""

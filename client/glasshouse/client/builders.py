@@ -6,11 +6,9 @@ words). Whether a value makes sense is the server's to say: it alone knows the m
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from glasshouse.client.exceptions import InvalidArgumentError
 from glasshouse.client.inputs import ChatMessage, Input
 from glasshouse.client.interventions import (
     AblateDirection,
@@ -19,9 +17,12 @@ from glasshouse.client.interventions import (
     Intervention,
     Replace,
     Rotate,
+    ScaleFeatures,
+    SetFeatures,
 )
 from glasshouse.client.positions import Positions, PositionsLike, as_positions
-from glasshouse.client.readouts import ReadActivations, ReadLogitLens, Readout
+from glasshouse.client.readouts import ReadActivations, ReadFeatures, ReadLogitLens, Readout
+from glasshouse.client.scalars import text, whole, wholes, word
 from glasshouse.v1 import (
     activations_pb2,
     generation_pb2,
@@ -31,7 +32,6 @@ from glasshouse.v1 import (
     readouts_pb2,
 )
 from glasshouse.v1.tensors_pb2 import DType
-from glasshouse.wire import reasons
 from glasshouse.wire.tensors import pack
 
 _NAMED: Final = {
@@ -53,7 +53,7 @@ _DTYPES: Final = {
 
 def get_model(name: str | None) -> models_pb2.GetModelRequest:
     """`name`: short or resource name; None for the only model served."""
-    return models_pb2.GetModelRequest(name=_text(name or "", "name"))
+    return models_pb2.GetModelRequest(name=text(name or "", "name"))
 
 
 def tokenize(model: str, value: Input, add_special_tokens: bool) -> models_pb2.TokenizeRequest:
@@ -63,9 +63,7 @@ def tokenize(model: str, value: Input, add_special_tokens: bool) -> models_pb2.T
 
 def detokenize(model: str, ids: Iterable[int]) -> models_pb2.DetokenizeRequest:
     """Token ids to text."""
-    return models_pb2.DetokenizeRequest(
-        model=model, token_ids=[_whole(i, f"token_ids[{n}]") for n, i in enumerate(ids)]
-    )
+    return models_pb2.DetokenizeRequest(model=model, token_ids=wholes(ids, "token_ids"))
 
 
 def render_chat(
@@ -100,19 +98,19 @@ def generate(
     sampling = generation_pb2.SamplingParameters(
         temperature=temperature,
         top_p=top_p,
-        top_k=_whole(top_k, "sampling.top_k"),
-        seed=None if seed is None else _whole(seed, "sampling.seed", bits=64),
+        top_k=whole(top_k, "sampling.top_k"),
+        seed=None if seed is None else whole(seed, "sampling.seed", bits=64),
     )
     return generation_pb2.GenerateRequest(
         model=model,
         input=model_input(prompt, "input"),
-        max_tokens=_whole(max_tokens, "max_tokens"),
+        max_tokens=whole(max_tokens, "max_tokens"),
         sampling=sampling,
-        stop=[_text(text, f"stop[{n}]") for n, text in enumerate(stops)],
-        stop_token_ids=[_whole(i, f"stop_token_ids[{n}]") for n, i in enumerate(stop_token_ids)],
+        stop=[text(each, f"stop[{n}]") for n, each in enumerate(stops)],
+        stop_token_ids=wholes(stop_token_ids, "stop_token_ids"),
         ignore_eos=ignore_eos,
-        top_logprobs=_whole(logprobs, "top_logprobs"),
-        interventions=[intervention(value, f"interventions[{n}]") for n, value in enumerate(interventions)],
+        top_logprobs=whole(logprobs, "top_logprobs"),
+        interventions=edits(interventions),
         readouts=[readout(value, f"readouts[{n}]") for n, value in enumerate(readouts)],
     )
 
@@ -124,8 +122,8 @@ def score(
     return generation_pb2.ScoreRequest(
         model=model,
         input=model_input(value, "input"),
-        interventions=[intervention(value, f"interventions[{n}]") for n, value in enumerate(interventions)],
-        top_k=_whole(top_k, "top_k"),
+        interventions=edits(interventions),
+        top_k=whole(top_k, "top_k"),
     )
 
 
@@ -142,24 +140,34 @@ def extract_activations(
     names = [hook_points] if isinstance(hook_points, str) else hook_points
     return activations_pb2.ExtractActivationsRequest(
         model=model,
-        inputs=[model_input(value, f"inputs[{n}]") for n, value in enumerate(inputs)],
-        hook_points=[_text(name, f"hook_points[{n}]") for n, name in enumerate(names)],
+        inputs=model_inputs(inputs),
+        hook_points=[text(name, f"hook_points[{n}]") for n, name in enumerate(names)],
         positions=selector(as_positions(positions), "positions"),
-        dtype=_word(dtype, _DTYPES, "dtype"),
-        interventions=[intervention(value, f"interventions[{n}]") for n, value in enumerate(interventions)],
+        dtype=word(dtype, _DTYPES, "dtype"),
+        interventions=edits(interventions),
     )
 
 
 def model_input(value: Input, field: str, add_special_tokens: bool = True) -> inputs_pb2.Input:
     """One input; `field` is its path in the request."""
     if isinstance(value, str):
-        return inputs_pb2.Input(text=_text(value, f"{field}.text"), add_special_tokens=add_special_tokens)
+        return inputs_pb2.Input(text=text(value, f"{field}.text"), add_special_tokens=add_special_tokens)
     if value and isinstance(value[0], ChatMessage):
         return inputs_pb2.Input(messages=_messages(value, f"{field}.messages"))
     try:
         return inputs_pb2.Input(token_ids=value)  # type: ignore[arg-type]
     except ValueError:  # Slow, but it names the one that is wrong.
-        return inputs_pb2.Input(token_ids=[_whole(i, f"{field}.token_ids[{n}]") for n, i in enumerate(value)])
+        return inputs_pb2.Input(token_ids=wholes(value, f"{field}.token_ids"))
+
+
+def model_inputs(values: Sequence[Input]) -> list[inputs_pb2.Input]:
+    """Inputs, the request's field `inputs`."""
+    return [model_input(value, f"inputs[{n}]") for n, value in enumerate(values)]
+
+
+def edits(values: Sequence[Intervention]) -> list[interventions_pb2.Intervention]:
+    """Interventions, the request's field of that name."""
+    return [intervention(value, f"interventions[{n}]") for n, value in enumerate(values)]
 
 
 def selector(positions: Positions | None, field: str) -> inputs_pb2.PositionSelector | None:
@@ -172,14 +180,14 @@ def selector(positions: Positions | None, field: str) -> inputs_pb2.PositionSele
     if positions.named is not None:
         message.named = _NAMED[positions.named]
     elif positions.listed is not None:
-        listed = [_whole(p, f"{field}.at.positions[{n}]", 64) for n, p in enumerate(positions.listed)]
+        listed = wholes(positions.listed, f"{field}.at.positions", bits=64)
         message.at.CopyFrom(inputs_pb2.PositionList(positions=listed))
     else:
         stop = positions.stop
         message.span.CopyFrom(
             inputs_pb2.PositionSpan(
-                start=_whole(positions.start or 0, f"{field}.span.start", 64),
-                stop=None if stop is None else _whole(stop, f"{field}.span.stop", 64),
+                start=whole(positions.start or 0, f"{field}.span.start", 64),
+                stop=None if stop is None else whole(stop, f"{field}.span.stop", 64),
             )
         )
     return message
@@ -191,7 +199,7 @@ def intervention(value: Intervention, field: str) -> interventions_pb2.Intervent
     if edit is None:
         raise TypeError(f"{field} must be an intervention such as add_vector(...), not {value!r}")
     return interventions_pb2.Intervention(
-        hook_point=_text(value.hook_point, f"{field}.hook_point"),
+        hook_point=text(value.hook_point, f"{field}.hook_point"),
         positions=selector(value.positions, f"{field}.positions"),
         preserve_norm=value.preserve_norm,
         **edit(value, field),
@@ -199,7 +207,7 @@ def intervention(value: Intervention, field: str) -> interventions_pb2.Intervent
 
 
 def _add_vector(value: AddVector, field: str) -> dict[str, Any]:
-    scale = _word(value.scale, _SCALES, f"{field}.add_vector.scale")
+    scale = word(value.scale, _SCALES, f"{field}.add_vector.scale")
     return {
         "add_vector": interventions_pb2.AddVector(
             vector=pack(value.vector), coefficient=value.coefficient, scale=scale
@@ -231,12 +239,34 @@ def _replace(value: Replace, field: str) -> dict[str, Any]:
     return {"replace": interventions_pb2.ReplaceActivations(activations=pack(value.activations))}
 
 
+def _set_features(value: SetFeatures, field: str) -> dict[str, Any]:
+    return {
+        "set_features": interventions_pb2.SetFeatures(
+            dictionary=text(value.dictionary, f"{field}.set_features.dictionary"),
+            features=wholes(value.features, f"{field}.set_features.features"),
+            values=value.values,
+        )
+    }
+
+
+def _scale_features(value: ScaleFeatures, field: str) -> dict[str, Any]:
+    return {
+        "scale_features": interventions_pb2.ScaleFeatures(
+            dictionary=text(value.dictionary, f"{field}.scale_features.dictionary"),
+            features=wholes(value.features, f"{field}.scale_features.features"),
+            factors=value.factors,
+        )
+    }
+
+
 _EDITS: Final[dict[type[Intervention], Callable[[Any, str], dict[str, Any]]]] = {
     AddVector: _add_vector,
     AblateDirection: _ablate_direction,
     CapProjection: _cap_projection,
     Rotate: _rotate,
     Replace: _replace,
+    SetFeatures: _set_features,
+    ScaleFeatures: _scale_features,
 }
 
 
@@ -251,73 +281,39 @@ def readout(value: Readout, field: str) -> readouts_pb2.Readout:
 
 
 def _read_activations(value: ReadActivations, field: str) -> dict[str, Any]:
-    hook_point = _text(value.hook_point, f"{field}.activations.hook_point")
-    dtype = _word(value.dtype, _DTYPES, f"{field}.activations.dtype")
+    hook_point = text(value.hook_point, f"{field}.activations.hook_point")
+    dtype = word(value.dtype, _DTYPES, f"{field}.activations.dtype")
     return {"activations": readouts_pb2.ReadActivations(hook_point=hook_point, dtype=dtype)}
 
 
 def _read_logit_lens(value: ReadLogitLens, field: str) -> dict[str, Any]:
-    hook_point = _text(value.hook_point, f"{field}.logit_lens.hook_point")
-    top_k = _whole(value.top_k, f"{field}.logit_lens.top_k")
+    hook_point = text(value.hook_point, f"{field}.logit_lens.hook_point")
+    top_k = whole(value.top_k, f"{field}.logit_lens.top_k")
     return {"logit_lens": readouts_pb2.ReadLogitLens(hook_point=hook_point, top_k=top_k)}
+
+
+def _read_features(value: ReadFeatures, field: str) -> dict[str, Any]:
+    return {
+        "features": readouts_pb2.ReadFeatures(
+            dictionary=text(value.dictionary, f"{field}.features.dictionary"),
+            top_k=None if value.top_k is None else whole(value.top_k, f"{field}.features.top_k"),
+            features=wholes(value.features, f"{field}.features.features"),
+        )
+    }
 
 
 _READOUTS: Final[dict[type[Readout], Callable[[Any, str], dict[str, Any]]]] = {
     ReadActivations: _read_activations,
     ReadLogitLens: _read_logit_lens,
+    ReadFeatures: _read_features,
 }
 
 
 def _messages(messages: Sequence[Any], field: str) -> list[inputs_pb2.ChatMessage]:
     return [
         inputs_pb2.ChatMessage(
-            role=_text(message.role, f"{field}[{n}].role"),
-            content=_text(message.content, f"{field}[{n}].content"),
+            role=text(message.role, f"{field}[{n}].role"),
+            content=text(message.content, f"{field}[{n}].content"),
         )
         for n, message in enumerate(messages)
     ]
-
-
-def _whole(value: Any, field: str, bits: int = 32) -> int:
-    """`value` as an integer that fits the field. Raises TypeError or InvalidArgumentError."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{field} must be an integer, not {value!r}") from None
-    limit = 1 << (bits - 1)
-    if not -limit <= number < limit:
-        raise InvalidArgumentError(
-            f"{number} does not fit {bits} bits",
-            field=field,
-            reason=reasons.VALUE_OUT_OF_RANGE,
-            remedy=f"Pass a number from {-limit} to {limit - 1}",
-        )
-    return number
-
-
-def _text(value: Any, field: str) -> str:
-    """`value` if it is text that UTF-8 can carry. Raises TypeError or InvalidArgumentError."""
-    if not isinstance(value, str):
-        raise TypeError(f"{field} must be a string, not {value!r}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(
-            f"not valid Unicode at character {error.start}",
-            field=field,
-            reason=reasons.VALUE_MALFORMED,
-            remedy="Remove the lone surrogate, or decode the bytes with errors='replace'",
-        ) from None
-    return value
-
-
-def _word(value: str, words: dict[str, Any], field: str) -> Any:
-    try:
-        return words[value]
-    except KeyError:
-        raise InvalidArgumentError(
-            f"{value!r} is not known",
-            field=field,
-            reason=reasons.VALUE_MALFORMED,
-            remedy="Use one of " + ", ".join(map(repr, words)),
-        ) from None

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
+from google.longrunning import operations_pb2
+from google.protobuf import duration_pb2, empty_pb2
 from google.protobuf.message import Message
 
 from glasshouse.client import builders, parsers
@@ -13,7 +15,7 @@ from glasshouse.client.extraction import ExtractionState
 from glasshouse.client.generation import GenerationState
 from glasshouse.client.inputs import Input, as_input, as_message
 from glasshouse.client.interventions import Intervention
-from glasshouse.client.results import ModelInfo, RenderedChat, Score, Tokens
+from glasshouse.client.results import HookPointInfo, ModelInfo, RenderedChat, Score, Tokens
 from glasshouse.v1 import activations_pb2, generation_pb2, models_pb2
 
 T = TypeVar("T")
@@ -71,8 +73,13 @@ EXTRACT_ACTIVATIONS: Final = Method(
     "/glasshouse.v1.ActivationService/ExtractActivations", activations_pb2.ExtractActivationsResponse
 )
 
+_OPERATIONS: Final = "/google.longrunning.Operations/"
+GET_OPERATION: Final = Method(_OPERATIONS + "GetOperation", operations_pb2.Operation)
+WAIT_OPERATION: Final = Method(_OPERATIONS + "WaitOperation", operations_pb2.Operation)
+CANCEL_OPERATION: Final = Method(_OPERATIONS + "CancelOperation", empty_pb2.Empty)
 
-def list_models(page_token: str) -> UnaryCall[parsers.ModelPage]:
+
+def list_models(page_token: str) -> UnaryCall[parsers.Page[ModelInfo]]:
     """A page of the models served."""
     request = models_pb2.ListModelsRequest(page_token=page_token)
     return UnaryCall(LIST_MODELS, request, parsers.model_page)
@@ -83,7 +90,7 @@ def get_model(name: str | None) -> UnaryCall[ModelInfo]:
     return UnaryCall(GET_MODEL, builders.get_model(name), parsers.model)
 
 
-def list_hook_points(model: str, page_token: str) -> UnaryCall[parsers.HookPointPage]:
+def list_hook_points(model: str, page_token: str) -> UnaryCall[parsers.Page[HookPointInfo]]:
     """A page of a model's hook points."""
     request = models_pb2.ListHookPointsRequest(model=model, page_token=page_token)
     return UnaryCall(LIST_HOOK_POINTS, request, parsers.hook_point_page)
@@ -123,3 +130,24 @@ def extract(model: str, inputs: Sequence[Input], **parameters: Any) -> Extractio
     """An extraction; `parameters` are those of `builders.extract_activations`."""
     request = builders.extract_activations(model, inputs, **parameters)
     return ExtractionCall(EXTRACT_ACTIVATIONS, request, ExtractionState(request.hook_points, len(inputs)))
+
+
+def get_operation(name: str) -> UnaryCall[operations_pb2.Operation]:
+    """An operation as it stands."""
+    return UnaryCall(GET_OPERATION, operations_pb2.GetOperationRequest(name=name), _itself)
+
+
+def wait_operation(name: str, wait_s: float) -> UnaryCall[operations_pb2.Operation]:
+    """An operation once it is done, or after `wait_s` seconds as it stands then."""
+    wait = duration_pb2.Duration()
+    wait.FromNanoseconds(round(wait_s * 1e9))
+    return UnaryCall(WAIT_OPERATION, operations_pb2.WaitOperationRequest(name=name, timeout=wait), _itself)
+
+
+def cancel_operation(name: str) -> UnaryCall[object]:
+    """An operation to an early end."""
+    return UnaryCall(CANCEL_OPERATION, operations_pb2.CancelOperationRequest(name=name), _itself)
+
+
+def _itself(message: Any) -> Any:
+    return message

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 
 from glasshouse.client import parsers
 from glasshouse.client.arrays import Array
 from glasshouse.client.exceptions import GlasshouseError
+from glasshouse.client.features import FeatureActivations, FeatureRows, rows_of
 from glasshouse.client.readouts import Readout
 from glasshouse.client.results import (
     GeneratedToken,
@@ -34,13 +35,13 @@ class GenerationState:
     """Everything known of one generation so far."""
 
     def __init__(self, readouts: Sequence[Readout] = ()) -> None:
-        self.hook_points = [readout.hook_point for readout in readouts]
+        self.names = [readout.name for readout in readouts]
         self.pending: deque[GeneratedToken] = deque()
         self.prompt: list[int] | None = None
         self.token_ids: list[int] = []
         self.finished: FinishedEvent | None = None
         self._texts: list[str] = []
-        self._prompt_readouts = _PromptReadoutAssembler(self.hook_points)
+        self._prompt_readouts = _PromptReadoutAssembler(self.names)
         self._prompt_over = False
 
     def feed(self, event: GenerateResponse) -> None:
@@ -49,7 +50,7 @@ class GenerationState:
             self._open("tokens")
             self._prompt_over = True
             for message in event.tokens.tokens:
-                token = parsers.generated_token(message, self.hook_points)
+                token = parsers.generated_token(message, self.names)
                 self.token_ids.append(token.token_id)
                 if token.text:
                     self._texts.append(token.text)
@@ -171,27 +172,29 @@ class GenerationView:
 
 
 class _PromptReadoutAssembler:
-    """Puts the pieces of the prompt's readouts together; readouts of one hook point merge by position."""
+    """Puts the pieces of the prompt's readouts together; readouts of one name merge by position."""
 
-    def __init__(self, hook_points: Sequence[str]) -> None:
-        self._hook_points = hook_points
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
         self._positions: dict[int, list[int]] = {}
         self._tensors: dict[int, TensorAssembler] = {}
         self._lenses: dict[int, list[TopTokens]] = {}
+        self._features: dict[int, list[FeatureActivations]] = {}
         self._result: PromptReadouts | None = None
 
     @property
     def complete(self) -> bool:
         """Whether every readout of the request is here, whole."""
+        rows: dict[int, Sized] = {**self._lenses, **self._features}
         n_here = sum(tensor.complete for tensor in self._tensors.values()) + sum(
-            len(top) == len(self._positions[readout]) for readout, top in self._lenses.items()
+            len(here) == len(self._positions[readout]) for readout, here in rows.items()
         )
-        return n_here == len(self._hook_points)
+        return n_here == len(self._names)
 
     def feed(self, piece: PromptReadout) -> None:
         """Takes in one piece."""
         readout = piece.readout
-        if not 0 <= readout < len(self._hook_points):
+        if not 0 <= readout < len(self._names):
             raise GlasshouseError(
                 f"the server sent readout {readout}, which was not asked for", code="INTERNAL"
             )
@@ -202,25 +205,32 @@ class _PromptReadoutAssembler:
         elif piece.HasField("logit_lens"):
             top = [parsers.top_tokens(entry) for entry in piece.logit_lens.positions]
             self._lenses.setdefault(readout, []).extend(top)
+        elif piece.HasField("features"):
+            self._features.setdefault(readout, []).extend(parsers.feature_rows(piece.features))
 
     def result(self) -> PromptReadouts:
-        """All of it, by hook point."""
+        """All of it, by name."""
         if self._result is None:
             arrays: dict[str, Array] = {}
             positions: dict[str, list[int]] = {}
             lenses: dict[str, LensReadout] = {}
             for readout, tensor in sorted(self._tensors.items()):
-                name, here, array = self._hook_points[readout], self._positions[readout], tensor.result()
+                name, here, array = self._names[readout], self._positions[readout], tensor.result()
                 if name in arrays:
                     here, array = _merged(positions[name], arrays[name], here, array)
                 positions[name], arrays[name] = here, array
             for readout, top in sorted(self._lenses.items()):
-                name = self._hook_points[readout]
+                name = self._names[readout]
                 by_position = dict(zip(self._positions[readout], top, strict=True))
                 if name in lenses:
                     by_position |= dict(zip(lenses[name].positions, lenses[name].top, strict=True))
                 lenses[name] = LensReadout(sorted(by_position), [by_position[p] for p in sorted(by_position)])
-            self._result = PromptReadouts(arrays, positions, lenses)
+            features: dict[str, FeatureRows] = {}
+            for readout, seen in sorted(self._features.items()):
+                name = self._names[readout]
+                rows = rows_of(dict(zip(self._positions[readout], seen, strict=True)))
+                features[name] = features[name].joined(rows) if name in features else rows
+            self._result = PromptReadouts(arrays, positions, lenses, features)
         return self._result
 
 

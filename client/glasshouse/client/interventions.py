@@ -1,19 +1,21 @@
 """Edits of the forward pass: plain frozen values, made by one function each.
 
 Every edit is a hook point, the positions where it applies (default: every position), and what is done to the
-activation s there. `builders` holds the table from these classes to messages; a new edit is a class here and
-a row there.
+activation s there; an edit of features names a dictionary, which says where. `builders` holds the table from these
+classes to messages; a new edit is a class here and a row there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glasshouse.client.arrays import VectorLike, as_float32
+from glasshouse.client.dictionaries.names import DictionaryLike, as_features, as_numbers, dictionary_name
 from glasshouse.client.positions import Positions, PositionsLike, as_positions
 
 Vector: TypeAlias = NDArray[np.float32]
@@ -69,6 +71,29 @@ class Replace(Intervention):
     float32."""
 
     activations: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureEdit(Intervention):
+    """An edit of features. The dictionary says where: `hook_point` stays empty."""
+
+    hook_point: str = ""
+    dictionary: str
+    features: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SetFeatures(FeatureEdit):
+    """s + sum_i (value_i - f_i(x)) d_i: what the dictionary does not explain is kept. values: one each, or one."""
+
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScaleFeatures(FeatureEdit):
+    """s + sum_i (factor_i - 1) f_i(x) d_i. factors: one each, or one for all."""
+
+    factors: tuple[float, ...]
 
 
 def add_vector(
@@ -156,3 +181,45 @@ def replace(hook_point: str, activations: VectorLike, positions: PositionsLike |
         activations=as_float32(activations, "activations"),
         positions=as_positions(positions),
     )
+
+
+def set_feature(
+    dictionary: DictionaryLike,
+    feature: SupportsIndex | Sequence[SupportsIndex],
+    value: float | Sequence[float],
+    positions: PositionsLike | None = None,
+) -> SetFeatures:
+    """Sets a feature of a dictionary, or several, to a value each or one for all.
+
+    What the dictionary does not explain is kept. A transcoder's features are set where it writes.
+    """
+    return SetFeatures(
+        dictionary=dictionary_name(dictionary),
+        features=as_features(feature),
+        values=as_numbers(value),
+        positions=as_positions(positions),
+    )
+
+
+def scale_feature(
+    dictionary: DictionaryLike,
+    feature: SupportsIndex | Sequence[SupportsIndex],
+    factor: float | Sequence[float],
+    positions: PositionsLike | None = None,
+) -> ScaleFeatures:
+    """Multiplies a feature of a dictionary, or several, by a factor each or one for all."""
+    return ScaleFeatures(
+        dictionary=dictionary_name(dictionary),
+        features=as_features(feature),
+        factors=as_numbers(factor),
+        positions=as_positions(positions),
+    )
+
+
+def ablate_feature(
+    dictionary: DictionaryLike,
+    feature: SupportsIndex | Sequence[SupportsIndex],
+    positions: PositionsLike | None = None,
+) -> SetFeatures:
+    """Sets a feature of a dictionary, or several, to 0."""
+    return set_feature(dictionary, feature, 0.0, positions)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, Generic, TypeVar
 
+import numpy as np
+
+from glasshouse.client.exceptions import GlasshouseError
+from glasshouse.client.features import FeatureActivations
 from glasshouse.client.results import (
     NONE,
     GeneratedToken,
@@ -20,6 +26,8 @@ from glasshouse.client.results import (
 from glasshouse.v1 import generation_pb2, interventions_pb2, models_pb2, readouts_pb2
 from glasshouse.wire.tensors import unpack
 
+T = TypeVar("T")
+
 _PREFIX: Final = "models/"
 
 FINISH_REASONS: Final[dict[int, str]] = {
@@ -29,17 +37,11 @@ FINISH_REASONS: Final[dict[int, str]] = {
 }
 
 
-class ModelPage(NamedTuple):
-    """One page of the models served."""
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """One page of a list; an empty token means the end."""
 
-    items: list[ModelInfo]
-    next_page_token: str
-
-
-class HookPointPage(NamedTuple):
-    """One page of a model's hook points."""
-
-    items: list[HookPointInfo]
+    items: list[T]
     next_page_token: str
 
 
@@ -48,9 +50,9 @@ def resource_name(model: str) -> str:
     return model if model.startswith(_PREFIX) else _PREFIX + model
 
 
-def model_page(response: models_pb2.ListModelsResponse) -> ModelPage:
+def model_page(response: models_pb2.ListModelsResponse) -> Page[ModelInfo]:
     """A page of ListModels."""
-    return ModelPage([_model_info(model) for model in response.models], response.next_page_token)
+    return Page([_model_info(model) for model in response.models], response.next_page_token)
 
 
 def model(response: models_pb2.GetModelResponse) -> ModelInfo:
@@ -80,7 +82,7 @@ def _model_info(message: models_pb2.Model) -> ModelInfo:
     )
 
 
-def hook_point_page(response: models_pb2.ListHookPointsResponse) -> HookPointPage:
+def hook_point_page(response: models_pb2.ListHookPointsResponse) -> Page[HookPointInfo]:
     """A page of ListHookPoints."""
     items = [
         HookPointInfo(
@@ -95,7 +97,7 @@ def hook_point_page(response: models_pb2.ListHookPointsResponse) -> HookPointPag
         )
         for point in response.hook_points
     ]
-    return HookPointPage(items, response.next_page_token)
+    return Page(items, response.next_page_token)
 
 
 def tokens(response: models_pb2.TokenizeResponse) -> Tokens:
@@ -155,8 +157,25 @@ def usage(message: generation_pb2.Usage) -> Usage:
     )
 
 
-def generated_token(message: generation_pb2.GeneratedToken, hook_points: Sequence[str]) -> GeneratedToken:
-    """A new token. hook_points: the name each of the request's readouts was asked under."""
+def feature_activations(message: readouts_pb2.FeatureActivations) -> FeatureActivations:
+    """Features at one position."""
+    return FeatureActivations(
+        np.array(message.feature_ids, dtype=np.int32), np.array(message.activations, dtype=np.float32)
+    )
+
+
+def feature_rows(message: readouts_pb2.FeatureRows) -> list[FeatureActivations]:
+    """Features of several positions, one entry each. Raises GlasshouseError for rows that do not hold together."""
+    ids = np.array(message.feature_ids, dtype=np.int32)
+    activations = np.array(message.activations, dtype=np.float32)
+    ends = list(message.indptr)
+    if not ends or ends[0] or ends[-1] != len(ids) or len(ids) != len(activations) or sorted(ends) != ends:
+        raise GlasshouseError("the server sent features whose rows do not hold together", code="INTERNAL")
+    return [FeatureActivations(ids[low:high], activations[low:high]) for low, high in pairwise(ends)]
+
+
+def generated_token(message: generation_pb2.GeneratedToken, names: Sequence[str]) -> GeneratedToken:
+    """A new token. names: what each of the request's readouts is found under."""
     top = top_tokens(message.top_logprobs) if message.HasField("top_logprobs") else None
     values = message.readouts
     if not values:
@@ -164,19 +183,25 @@ def generated_token(message: generation_pb2.GeneratedToken, hook_points: Sequenc
             message.position, message.token_id, message.text, message.logprob, NONE, NONE, NONE, top
         )
     activations: dict[str, Any] = {}
+    features: dict[str, FeatureActivations] = {}
     logit_lens: dict[str, TopTokens] = {}
     for value in values:
         kind = value.WhichOneof("value")
+        name = names[value.readout]
         if kind == "activations":
-            activations[hook_points[value.readout]] = unpack(value.activations)
+            activations[name] = unpack(value.activations)
         elif kind == "logit_lens":
-            logit_lens[hook_points[value.readout]] = top_tokens(value.logit_lens)
+            logit_lens[name] = top_tokens(value.logit_lens)
+        elif kind == "features":
+            here = feature_activations(value.features)
+            features[name] = features[name].joined(here) if name in features else here
     return GeneratedToken(
         position=message.position,
         token_id=message.token_id,
         text=message.text,
         logprob=message.logprob,
         activations=activations or NONE,
+        features=features or NONE,
         top_logprobs=top,
         logit_lens=logit_lens or NONE,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glasshouse.client.arrays import Array, as_torch
+from glasshouse.client.features import FeatureActivations, FeatureRows
 
 NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 """The mapping of what was not asked for."""
@@ -184,7 +185,8 @@ class PromptReadouts(_Arrays):
     """What the readouts saw over a prompt.
 
     Hook point -> (n_pos, width), or (n_heads, n_pos, n_prompt) for attention maps. Row i of `[hook_point]`
-    belongs to `positions[hook_point][i]`. `logit_lens` maps a hook point to its `LensReadout`.
+    belongs to `positions[hook_point][i]`. `logit_lens` maps a hook point to its `LensReadout`, `features` a
+    dictionary's short name to its `FeatureRows`.
     """
 
     def __init__(
@@ -192,14 +194,19 @@ class PromptReadouts(_Arrays):
         arrays: Mapping[str, Array],
         positions: Mapping[str, list[int]],
         logit_lens: Mapping[str, LensReadout],
+        features: Mapping[str, FeatureRows] = NONE,
     ) -> None:
         self._arrays = arrays
         self.positions = positions
         self.logit_lens = logit_lens
+        self.features = features
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}: {array.shape}" for name, array in self.items())
-        return f"PromptReadouts({arrays}; logit_lens: {', '.join(self.logit_lens)})"
+        return f"PromptReadouts({arrays}; {self._others()})"
+
+    def _others(self) -> str:
+        return f"logit_lens: {', '.join(self.logit_lens)}; features: {', '.join(self.features)}"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -208,8 +215,8 @@ class GeneratedToken:
 
     `text` is the text this token completes: empty while it may still be part of a stop string or of a
     character. `logprob` is natural, at temperature 1, before truncation. `activations` maps a hook point to
-    (width,), or (n_heads, n_keys) for attention maps; `logit_lens` to its top tokens. `top_logprobs` is None
-    unless asked for.
+    (width,), or (n_heads, n_keys) for attention maps; `logit_lens` to its top tokens; `features` maps a
+    dictionary's short name to its FeatureActivations. `top_logprobs` is None unless asked for.
     """
 
     position: int
@@ -217,7 +224,7 @@ class GeneratedToken:
     text: str
     logprob: float
     activations: Mapping[str, Array] = field(default_factory=lambda: NONE)
-    features: Mapping[str, Any] = field(default_factory=lambda: NONE)
+    features: Mapping[str, FeatureActivations] = field(default_factory=lambda: NONE)
     probes: Mapping[str, Any] = field(default_factory=lambda: NONE)
     top_logprobs: TopTokens | None = None
     logit_lens: Mapping[str, TopTokens] = field(default_factory=lambda: NONE)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
+import grpc
 from google.protobuf.message import DecodeError
 
 from glasshouse.client.exceptions import BY_CODE, GlasshouseError
 from glasshouse.wire import reasons
 
-if TYPE_CHECKING:
-    import grpc
-
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+CODE_NAMES: Final[dict[int, str]] = {code.value[0]: code.name for code in grpc.StatusCode}
 UNREACHABLE = "UNREACHABLE"
 """`reason` where no server answered at all."""
 
@@ -31,18 +30,32 @@ def error_from_rpc(
     return BY_CODE.get(code, GlasshouseError)(code=code, **fields)
 
 
+def error_from_status(status: Any) -> GlasshouseError:
+    """The exception for a `google.rpc.Status` that came as a message, as the error of an operation does."""
+    code = CODE_NAMES.get(status.code, "UNKNOWN")
+    return BY_CODE.get(code, GlasshouseError)(code=code, **({"message": status.message} | _fields(status)))
+
+
 def _details(trailing_metadata: Any) -> dict[str, Any]:
     """What the status details say, by GlasshouseError's names; empty where there are none or they are
     damaged."""
-    from google.rpc import error_details_pb2, status_pb2
+    from google.rpc import status_pb2
 
     raw = next((value for key, value in trailing_metadata if key == STATUS_DETAILS_KEY), None)
     if raw is None:
         return {}
-    fields: dict[str, Any] = {}
     try:
-        status = status_pb2.Status.FromString(raw)
-        fields["message"] = status.message
+        return _fields(status_pb2.Status.FromString(raw))
+    except DecodeError:
+        return {}
+
+
+def _fields(status: Any) -> dict[str, Any]:
+    """A status by GlasshouseError's names; empty where its details are damaged."""
+    from google.rpc import error_details_pb2
+
+    fields: dict[str, Any] = {"message": status.message}
+    try:
         for packed in status.details:
             if packed.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
                 info = error_details_pb2.ErrorInfo.FromString(packed.value)

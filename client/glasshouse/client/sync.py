@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any, overload
+from typing import overload
 
 from glasshouse.client import calls
 from glasshouse.client.connection import TLSConfig, connection
+from glasshouse.client.dictionaries import calls as dictionary_calls
+from glasshouse.client.dictionaries.sync import Dictionary
+from glasshouse.client.dictionaries.values import DictionaryInfo
 from glasshouse.client.generation import GenerationView
 from glasshouse.client.inputs import ChatMessageLike, InputLike, as_inputs
 from glasshouse.client.interventions import Intervention
@@ -74,25 +78,11 @@ class Client:
 
     def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
         """The models served, by name."""
-        return all_pages(self._transport, calls.list_models, timeout)
+        return list(self._transport.items(calls.list_models, timeout))
 
     def model(self, name: str | None = None, *, timeout: float | None = None) -> Model:
         """One model; without a name the only one served. Raises NotFoundError with the closest names."""
         return Model(self._transport, self._transport.unary(calls.get_model(name), timeout))
-
-
-def all_pages(
-    transport: Transport, page: Callable[[str], calls.UnaryCall[Any]], timeout: float | None
-) -> list[Any]:
-    """The items of every page."""
-    items: list[Any] = []
-    token = ""
-    while True:
-        found = transport.unary(page(token), timeout)
-        items += found.items
-        token = found.next_page_token
-        if not token:
-            return items
 
 
 class Model:
@@ -108,7 +98,8 @@ class Model:
 
     def hook_points(self, *, timeout: float | None = None) -> list[HookPointInfo]:
         """What can be read and edited, in the order of the forward pass."""
-        return all_pages(self._transport, lambda token: calls.list_hook_points(self._name, token), timeout)
+        pages = partial(calls.list_hook_points, self._name)
+        return list(self._transport.items(pages, timeout))
 
     def tokenize(
         self, text: InputLike, add_special_tokens: bool = True, *, timeout: float | None = None
@@ -129,6 +120,22 @@ class Model:
     ) -> RenderedChat:
         """A conversation as the text and tokens the model reads."""
         return self._transport.unary(calls.render_chat(self._name, messages, add_generation_prompt), timeout)
+
+    def dictionaries(self, *, timeout: float | None = None) -> list[DictionaryInfo]:
+        """The dictionaries loaded for this model, by name."""
+        pages = partial(dictionary_calls.list_dictionaries, self._name)
+        return list(self._transport.items(pages, timeout))
+
+    def dictionary(self, name: str, *, timeout: float | None = None) -> Dictionary:
+        """One dictionary. Raises NotFoundError with the closest names."""
+        call = dictionary_calls.get_dictionary(self._name, name)
+        return Dictionary(self._transport, self._transport.unary(call, timeout))
+
+    def load_dictionary(self, name: str, path: str, *, timeout: float | None = None) -> list[Dictionary]:
+        """Loads a dictionary that the server finds at `path`, on its disk or as `hf:org/repo`: one, or those of a
+        set as `name/part`. Needs the admin role."""
+        call = dictionary_calls.load_dictionary(self._name, name, path)
+        return [Dictionary(self._transport, info) for info in self._transport.unary(call, timeout)]
 
     @overload
     def activations(  # type: ignore[overload-overlap]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from glasshouse.client.calls import StreamCall, UnaryCall
 from glasshouse.client.connection import Connection, new_request_id
 from glasshouse.client.health import CHECK, WHOLE_SERVER, Readiness
+from glasshouse.client.parsers import Page
 from glasshouse.client.retry import Attempts
 from glasshouse.client.transport import BaseTransport, cancelled
 
@@ -53,6 +55,16 @@ class Transport(BaseTransport):
                 time.sleep(delay_s)
             else:
                 return call.parse(response)
+
+    def items(self, page: Callable[[str], UnaryCall[Page[T]]], timeout: float | None) -> Iterator[T]:
+        """The items of every page, each page fetched when the one before is used up."""
+        token = ""
+        while True:
+            found = self.unary(page(token), timeout)
+            yield from found.items
+            token = found.next_page_token
+            if not token:
+                return
 
     def stream(self, call: StreamCall, timeout: float | None) -> MessageStream:
         """Starts a call with a stream of responses."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glasshouse.client.testing.failures import invalid, refused
+from glasshouse.client.testing.fake_dictionary import FakeDictionary
 from glasshouse.v1 import inputs_pb2, interventions_pb2, models_pb2, readouts_pb2
 from glasshouse.wire import reasons
 from glasshouse.wire.tensors import TensorError, unpack
@@ -33,6 +34,10 @@ class FakeModel:
         residual = [f"blocks.{layer}.hook_resid_{at}" for layer in range(N_LAYERS) for at in ("pre", "post")]
         self.residual = ["hook_embed", *residual]
         self.attention = [f"blocks.{layer}.attn.hook_pattern" for layer in range(N_LAYERS)]
+        self.dictionaries = {
+            each.name: each
+            for each in (FakeDictionary(f"resid-post-{layer}", layer) for layer in range(N_LAYERS))
+        }
 
     def info(self) -> models_pb2.Model:
         """Its entry in the list of models."""
@@ -160,9 +165,32 @@ class FakeModel:
             closest=closest,
         )
 
+    def dictionary(self, name: str, field: str) -> FakeDictionary:
+        """A dictionary by its short or resource name."""
+        short = name.removeprefix(f"models/{self.name}/dictionaries/")
+        if short in self.dictionaries:
+            return self.dictionaries[short]
+        closest = tuple(difflib.get_close_matches(short, self.dictionaries, n=3, cutoff=0.0))
+        raise refused(
+            "NOT_FOUND",
+            f"no dictionary {name!r}",
+            reason=reasons.DICTIONARY_NOT_FOUND,
+            field=field,
+            value=name,
+            remedy="Use a name that ListDictionaries returns",
+            closest=closest,
+        )
+
+    def edited_point(self, edit: interventions_pb2.Intervention, field: str) -> str:
+        """The hook point an edit writes: its own, or its dictionary's."""
+        kind = edit.WhichOneof("edit")
+        if kind in ("set_features", "scale_features"):
+            return self.dictionary(getattr(edit, kind).dictionary, f"{field}.{kind}.dictionary").hook_point
+        return self.resolve(edit.hook_point, f"{field}.hook_point")
+
     def check_edit(self, edit: interventions_pb2.Intervention, field: str) -> None:
         """Refuses what a server would refuse before it runs anything."""
-        name = self.resolve(edit.hook_point, f"{field}.hook_point")
+        name = self.edited_point(edit, field)
         if name not in self.residual:
             raise refused(
                 "FAILED_PRECONDITION",
@@ -173,6 +201,16 @@ class FakeModel:
         kind = edit.WhichOneof("edit")
         if kind is None:
             raise invalid(field, "no edit", reasons.FIELD_REQUIRED)
+        if kind in ("set_features", "scale_features"):
+            chosen = getattr(edit, kind)
+            dictionary = self.dictionary(chosen.dictionary, f"{field}.{kind}.dictionary")
+            dictionary.check_features(chosen.features, f"{field}.{kind}.features")
+            numbers = chosen.values if kind == "set_features" else chosen.factors
+            if len(numbers) not in (1, len(chosen.features)):
+                message = f"{len(numbers)} numbers for {len(chosen.features)} features"
+                raise invalid(
+                    f"{field}.{kind}", message, reasons.FIELD_CONFLICT, "Give one each, or one for all"
+                )
         for part in ("vector", "first", "second", "activations"):
             tensor = getattr(getattr(edit, kind), part, None)
             if tensor is None:
@@ -216,6 +254,15 @@ class FakeModel:
             edited = s - along * first - across * second + np.hypot(along, across) * turned
         elif kind == "replace":
             edited = np.broadcast_to(unpack(edit.replace.activations), s.shape)
+        elif kind == "set_features":
+            dictionary = self.dictionary(edit.set_features.dictionary, "dictionary")
+            edited = dictionary.with_features(
+                s, edit.set_features.features, edit.set_features.values, scale=False
+            )
+        elif kind == "scale_features":
+            scaled = edit.scale_features
+            dictionary = self.dictionary(scaled.dictionary, "dictionary")
+            edited = dictionary.with_features(s, scaled.features, scaled.factors, scale=True)
         if edit.preserve_norm:
             edited = edited * _norm(s) / np.maximum(_norm(edited), 1e-12)
         return edited.astype(np.float32)

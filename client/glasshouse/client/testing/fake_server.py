@@ -13,9 +13,11 @@ from typing import Any
 import grpc
 
 from glasshouse.client.testing.failures import Failure, RefusedError, refused
+from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
+from glasshouse.client.testing.fake_methods import dictionary_methods, model_methods, operation_methods
 from glasshouse.client.testing.fake_model import FakeModel
+from glasshouse.client.testing.fake_operations import FakeOperations
 from glasshouse.client.testing.fake_services import FakeServices
-from glasshouse.v1 import activations_pb2, generation_pb2, models_pb2
 from glasshouse.wire import reasons
 from glasshouse.wire.tensors import CHUNK_BYTES
 
@@ -46,8 +48,8 @@ class FakeServer:
     `reply` is what every generation says; without it the text is deterministic letters. `token_delay_s`
     passes before each event of a stream. `unavailable_first` calls are refused with a bare UNAVAILABLE before
     any is served. `api_key` is asked for where given; `credentials` make it a TLS server; `models` replace
-    the one called "fake". `chunk_bytes` and `tokens_per_event` shape the streams. `serving` False answers
-    health checks NOT_SERVING until `set_serving(True)`.
+    the one called "fake". `chunk_bytes` and `tokens_per_event` shape the streams. An operation is done after
+    `operation_polls` polls. `serving` False answers health checks NOT_SERVING until `set_serving(True)`.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class FakeServer:
         token_delay_s: float = 0.0,
         tokens_per_event: int = 1,
         chunk_bytes: int = CHUNK_BYTES,
+        operation_polls: int = 3,
         api_key: str | None = None,
         credentials: grpc.ServerCredentials | None = None,
         serving: bool = True,
@@ -67,6 +70,8 @@ class FakeServer:
     ) -> None:
         self.calls: list[RecordedCall] = []
         self._services = FakeServices(models or [FakeModel(reply=reply)], chunk_bytes, tokens_per_event)
+        self._operations = FakeOperations(operation_polls)
+        self._dictionaries = FakeDictionaryServices(self._services.model, self._operations)
         self.token_delay_s = token_delay_s
         self._api_key = api_key
         self._credentials = credentials
@@ -136,42 +141,29 @@ class FakeServer:
             if not self._lock.wait_for(lambda: self._n_cancelled >= n, timeout):
                 raise TimeoutError(f"{self._n_cancelled} of {n} calls were cancelled within {timeout:g} s")
 
+    def fail_operation(self, failure: Failure) -> None:
+        """The next operation to start ends in that failure."""
+        self._operations.plan(failure)
+
     def _handlers(self) -> tuple[Any, ...]:
-        serve = self._services
-        unary: dict[str, dict[str, tuple[Callable[[Any], Any], Any]]] = {
-            "ModelService": {
-                "ListModels": (serve.list_models, models_pb2.ListModelsRequest),
-                "GetModel": (serve.get_model, models_pb2.GetModelRequest),
-                "ListHookPoints": (serve.list_hook_points, models_pb2.ListHookPointsRequest),
-                "Tokenize": (serve.tokenize, models_pb2.TokenizeRequest),
-                "Detokenize": (serve.detokenize, models_pb2.DetokenizeRequest),
-                "RenderChat": (serve.render_chat, models_pb2.RenderChatRequest),
-            },
-            "GenerationService": {"Score": (serve.score, generation_pb2.ScoreRequest)},
-            "ActivationService": {},
-        }
-        streams: dict[str, dict[str, tuple[Callable[[Any], Iterator[Any]], Any]]] = {
-            "GenerationService": {"Generate": (serve.generate, generation_pb2.GenerateRequest)},
-            "ActivationService": {
-                "ExtractActivations": (
-                    serve.extract_activations,
-                    activations_pb2.ExtractActivationsRequest,
-                )
-            },
-        }
+        services = (
+            *model_methods(self._services),
+            *dictionary_methods(self._dictionaries),
+            *operation_methods(self._operations),
+        )
         handlers = []
-        for service, methods in unary.items():
+        for service, methods in services:
             table = {
-                name: grpc.unary_unary_rpc_method_handler(
-                    self._unary(name, answer), request.FromString, _serialize
+                each.name: grpc.unary_stream_rpc_method_handler(
+                    self._stream(each.name, each.answer), each.request.FromString, _serialize
                 )
-                for name, (answer, request) in methods.items()
+                if each.streams
+                else grpc.unary_unary_rpc_method_handler(
+                    self._unary(each.name, each.answer), each.request.FromString, _serialize
+                )
+                for each in methods
             }
-            for name, (answer, request) in streams.get(service, {}).items():
-                table[name] = grpc.unary_stream_rpc_method_handler(
-                    self._stream(name, answer), request.FromString, _serialize
-                )
-            handlers.append(grpc.method_handlers_generic_handler(f"glasshouse.v1.{service}", table))
+            handlers.append(grpc.method_handlers_generic_handler(service, table))
         check = grpc.unary_unary_rpc_method_handler(lambda _, __: _SERVING if self._serving else _NOT_SERVING)
         handlers.append(grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check}))
         return tuple(handlers)

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from glasshouse.v1.tensors_pb2 import DTYPE_UNSPECIFIED, DType
 from glasshouse.wire import reasons
 from glasshouse.wire.tensors import chunks, numpy_dtype, pack
 
-_PAGE = 3  # Small, so that every client turns pages.
+PAGE = 3  # Small, so that every client turns pages.
 
 
 class FakeServices:
@@ -38,39 +39,39 @@ class FakeServices:
     def list_models(self, request: models_pb2.ListModelsRequest) -> models_pb2.ListModelsResponse:
         """A page of models."""
         start, names = int(request.page_token or 0), sorted(self._models)
-        page = [self._models[name].info() for name in names[start : start + _PAGE]]
-        token = str(start + _PAGE) if start + _PAGE < len(names) else ""
+        page = [self._models[name].info() for name in names[start : start + PAGE]]
+        token = str(start + PAGE) if start + PAGE < len(names) else ""
         return models_pb2.ListModelsResponse(models=page, next_page_token=token)
 
     def get_model(self, request: models_pb2.GetModelRequest) -> models_pb2.GetModelResponse:
         """One model."""
-        return models_pb2.GetModelResponse(model=self._model(request.name, "name").info())
+        return models_pb2.GetModelResponse(model=self.model(request.name, "name").info())
 
     def list_hook_points(
         self, request: models_pb2.ListHookPointsRequest
     ) -> models_pb2.ListHookPointsResponse:
         """A page of hook points."""
-        points = self._model(request.model).hook_points()
+        points = self.model(request.model).hook_points()
         start = int(request.page_token or 0)
-        token = str(start + _PAGE) if start + _PAGE < len(points) else ""
-        page = points[start : start + _PAGE]
+        token = str(start + PAGE) if start + PAGE < len(points) else ""
+        page = points[start : start + PAGE]
         return models_pb2.ListHookPointsResponse(hook_points=page, next_page_token=token)
 
     def tokenize(self, request: models_pb2.TokenizeRequest) -> models_pb2.TokenizeResponse:
         """Text to tokens."""
-        model = self._model(request.model)
+        model = self.model(request.model)
         ids = model.token_ids(request.input)
         return models_pb2.TokenizeResponse(token_ids=ids, tokens=model.strings(ids))
 
     def detokenize(self, request: models_pb2.DetokenizeRequest) -> models_pb2.DetokenizeResponse:
         """Tokens to text."""
-        model = self._model(request.model)
+        model = self.model(request.model)
         ids = model.token_ids(inputs_pb2.Input(token_ids=request.token_ids))
         return models_pb2.DetokenizeResponse(text=model.text(ids))
 
     def render_chat(self, request: models_pb2.RenderChatRequest) -> models_pb2.RenderChatResponse:
         """A conversation to text."""
-        model = self._model(request.model)
+        model = self.model(request.model)
         open_end = not request.HasField("add_generation_prompt") or request.add_generation_prompt
         text = model.render(request.messages, open_end)
         ids = model.token_ids(inputs_pb2.Input(text=text))
@@ -78,7 +79,7 @@ class FakeServices:
 
     def score(self, request: generation_pb2.ScoreRequest) -> generation_pb2.ScoreResponse:
         """Log-probabilities of a sequence."""
-        model = self._model(request.model)
+        model = self.model(request.model)
         ids = model.token_ids(request.input)
         salt = _salt(model, request.interventions)
         logprobs = [np.nan] + [model.logprob(ids[:p], salt) for p in range(1, len(ids))]
@@ -90,7 +91,7 @@ class FakeServices:
             token_ids=ids,
             logprobs=pack(np.array(logprobs, dtype=np.float32)),
             top=top,
-            receipt=_receipt(request.interventions, ids, len(ids)),
+            receipt=_receipt(model, request.interventions, ids, len(ids)),
             tokens=model.strings(ids),
         )
 
@@ -98,7 +99,7 @@ class FakeServices:
         self, request: activations_pb2.ExtractActivationsRequest
     ) -> Iterator[activations_pb2.ExtractActivationsResponse]:
         """Inputs in reverse order, which a client must not mind."""
-        model = self._model(request.model)
+        model = self.model(request.model)
         response = activations_pb2.ExtractActivationsResponse
         for field in ("inputs", "hook_points"):
             if not getattr(request, field):
@@ -115,13 +116,13 @@ class FakeServices:
                 index=index,
                 token_ids=ids,
                 positions=positions,
-                receipt=_receipt(request.interventions, ids, len(ids)),
+                receipt=_receipt(model, request.interventions, ids, len(ids)),
                 tokens=model.strings(ids),
             )
             yield response(input=header)
             n_tokens += len(ids)
             for hook_point, name in enumerate(names):
-                array = _read(model, name, ids, positions, request.interventions, len(ids), request.dtype)
+                array = read_at(model, name, ids, positions, request.interventions, len(ids), request.dtype)
                 for piece in chunks(array, self._chunk_bytes):
                     n_bytes += len(piece.data)
                     chunk = activations_pb2.ExtractedChunk(input=index, hook_point=hook_point, piece=piece)
@@ -130,7 +131,7 @@ class FakeServices:
 
     def generate(self, request: generation_pb2.GenerateRequest) -> Iterator[generation_pb2.GenerateResponse]:
         """The prompt, the tokens, the end."""
-        model = self._model(request.model)
+        model = self.model(request.model)
         ids = model.token_ids(request.input)
         n_prompt = len(ids)
         if request.max_tokens < 1:
@@ -182,12 +183,13 @@ class FakeServices:
             stop_string=stop_string,
             trailing_text=text[sent:],
             usage=usage,
-            receipt=_receipt(request.interventions, ids[:-1], n_prompt),
+            receipt=_receipt(model, request.interventions, ids[:-1], n_prompt),
             seed=seed,
         )
         yield generation_pb2.GenerateResponse(finished=finished)
 
-    def _model(self, name: str, field: str = "model") -> FakeModel:
+    def model(self, name: str, field: str = "model") -> FakeModel:
+        """The model of that name; without one the only one there is."""
         name = name.removeprefix("models/")
         if not name and len(self._models) == 1:
             return next(iter(self._models.values()))
@@ -218,9 +220,13 @@ class FakeServices:
                     readouts_pb2.PromptReadout(readout=index, positions=positions, logit_lens=lens)
                 )
                 continue
+            if readout.WhichOneof("what") == "features":
+                yield from self._feature_events(event, model, request, ids, index, positions)
+                event = generation_pb2.PromptEvent()
+                continue
             what = readout.activations
             name = model.resolve(what.hook_point, f"readouts[{index}].activations.hook_point")
-            array = _read(model, name, ids, positions, request.interventions, len(ids), what.dtype)
+            array = read_at(model, name, ids, positions, request.interventions, len(ids), what.dtype)
             for piece in chunks(array, self._chunk_bytes):
                 first = positions if not piece.byte_offset else ()
                 event.readouts.append(
@@ -231,6 +237,26 @@ class FakeServices:
                     event = generation_pb2.PromptEvent()
         if event.token_ids or event.readouts:
             yield generation_pb2.GenerateResponse(prompt=event)
+
+    def _feature_events(
+        self,
+        event: generation_pb2.PromptEvent,
+        model: FakeModel,
+        request: generation_pb2.GenerateRequest,
+        ids: list[int],
+        index: int,
+        positions: list[int],
+    ) -> Iterator[generation_pb2.GenerateResponse]:
+        """A readout of features, a position a piece; `event` carries the first of them."""
+        what = request.readouts[index].features
+        rows = _features(model, what, ids, positions, request.interventions, len(ids), f"readouts[{index}]")
+        for n, row in enumerate(rows or [readouts_pb2.FeatureActivations()]):
+            piece = event.readouts.add(readout=index, positions=positions if n == 0 else ())
+            piece.features.indptr.extend([0, len(row.feature_ids)] if rows else [0])
+            piece.features.feature_ids.extend(row.feature_ids)
+            piece.features.activations.extend(row.activations)
+            yield generation_pb2.GenerateResponse(prompt=event)
+            event = generation_pb2.PromptEvent()
 
     def _token(
         self,
@@ -247,24 +273,29 @@ class FakeServices:
         )
         if request.top_logprobs:
             token.top_logprobs.CopyFrom(model.top_tokens(ids, request.top_logprobs, salt))
-        read_at = len(ids) - 1
+        position = len(ids) - 1
         for index, readout in enumerate(request.readouts):
             selector = readout.positions if readout.HasField("positions") else None
-            if read_at not in select(selector, ids, n_prompt):
+            if position not in select(selector, ids, n_prompt):
                 continue
             if readout.WhichOneof("what") == "logit_lens":
                 top = model.top_tokens(ids, readout.logit_lens.top_k, b"lens")
                 token.readouts.append(readouts_pb2.ReadoutValue(readout=index, logit_lens=top))
                 continue
+            if readout.WhichOneof("what") == "features":
+                what, edits = readout.features, request.interventions
+                (row,) = _features(model, what, ids, [position], edits, n_prompt, f"readouts[{index}]")
+                token.readouts.append(readouts_pb2.ReadoutValue(readout=index, features=row))
+                continue
             name = model.resolve(readout.activations.hook_point, f"readouts[{index}]")
             dtype = readout.activations.dtype
-            rows = _read(model, name, ids, [read_at], request.interventions, n_prompt, dtype)
+            rows = read_at(model, name, ids, [position], request.interventions, n_prompt, dtype)
             value = rows[0] if name in model.residual else rows[:, 0]
             token.readouts.append(readouts_pb2.ReadoutValue(readout=index, activations=pack(value)))
         return token
 
 
-def _read(
+def read_at(
     model: FakeModel,
     name: str,
     ids: Sequence[int],
@@ -272,18 +303,34 @@ def _read(
     interventions: Sequence[interventions_pb2.Intervention],
     n_prompt: int,
     dtype: int,
-) -> NDArray[np.generic]:
-    """The activations at some positions, after the edits at that hook point."""
+) -> NDArray[Any]:
+    """The activations at some positions, after the edits at that hook point, in a wire dtype."""
     everywhere = model.activations(name, ids, range(len(ids)))
     if name in model.residual:
         for n, edit in enumerate(interventions):
-            if model.resolve(edit.hook_point, f"interventions[{n}].hook_point") == name:
+            if model.edited_point(edit, f"interventions[{n}]") == name:
                 at = _covered(edit, ids, n_prompt)
                 everywhere[at] = model.edit(everywhere[at], edit)
         chosen = everywhere[list(positions)]
     else:
         chosen = everywhere[:, list(positions)]
     return chosen.astype(numpy_dtype(dtype if dtype != DTYPE_UNSPECIFIED else DType.DTYPE_F32))
+
+
+def _features(
+    model: FakeModel,
+    what: readouts_pb2.ReadFeatures,
+    ids: Sequence[int],
+    positions: Sequence[int],
+    interventions: Sequence[interventions_pb2.Intervention],
+    n_prompt: int,
+    field: str,
+) -> list[readouts_pb2.FeatureActivations]:
+    """A dictionary's features at some positions, as they are asked for."""
+    dictionary = model.dictionary(what.dictionary, f"{field}.features.dictionary")
+    dictionary.check_features(what.features, f"{field}.features.features")
+    rows = read_at(model, dictionary.hook_point, ids, positions, interventions, n_prompt, DType.DTYPE_F32)
+    return dictionary.chosen(rows, what.top_k if what.HasField("top_k") else 8, what.features)
 
 
 def _salt(model: FakeModel, interventions: Sequence[interventions_pb2.Intervention]) -> bytes:
@@ -297,15 +344,18 @@ def _covered(edit: interventions_pb2.Intervention, ids: Sequence[int], n_prompt:
 
 
 def _receipt(
-    interventions: Sequence[interventions_pb2.Intervention], ids: Sequence[int], n_prompt: int
+    model: FakeModel,
+    interventions: Sequence[interventions_pb2.Intervention],
+    ids: Sequence[int],
+    n_prompt: int,
 ) -> list[interventions_pb2.InterventionReceipt]:
     return [
         interventions_pb2.InterventionReceipt(
             index=index,
             edit=edit.WhichOneof("edit") or "",
-            hook_point=edit.hook_point,
+            hook_point=model.edited_point(edit, "interventions"),
             positions_applied=len(_covered(edit, ids, n_prompt)),
-            hook_points=[edit.hook_point],
+            hook_points=[model.edited_point(edit, "interventions")],
             content_hash=hashlib.sha256(edit.SerializeToString(deterministic=True)).hexdigest(),
         )
         for index, edit in enumerate(interventions)

@@ -1,0 +1,98 @@
+"""The methods of a fake server: what each is called, what it takes, and who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from google.longrunning import operations_pb2
+
+from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
+from glasshouse.client.testing.fake_operations import FakeOperations
+from glasshouse.client.testing.fake_services import FakeServices
+from glasshouse.v1 import activations_pb2, dictionaries_pb2, generation_pb2, models_pb2
+
+
+@dataclass(frozen=True)
+class FakeMethod:
+    """A method. `answer` gives one response, or an iterator of them where it `streams`."""
+
+    name: str
+    request: Any
+    answer: Callable[[Any], Any]
+    streams: bool = False
+
+
+Services: TypeAlias = "list[tuple[str, list[FakeMethod]]]"
+
+
+def model_methods(serve: FakeServices) -> Services:
+    """The services of models, generation and activations."""
+    return [
+        (
+            "glasshouse.v1.ModelService",
+            [
+                FakeMethod("ListModels", models_pb2.ListModelsRequest, serve.list_models),
+                FakeMethod("GetModel", models_pb2.GetModelRequest, serve.get_model),
+                FakeMethod("ListHookPoints", models_pb2.ListHookPointsRequest, serve.list_hook_points),
+                FakeMethod("Tokenize", models_pb2.TokenizeRequest, serve.tokenize),
+                FakeMethod("Detokenize", models_pb2.DetokenizeRequest, serve.detokenize),
+                FakeMethod("RenderChat", models_pb2.RenderChatRequest, serve.render_chat),
+            ],
+        ),
+        (
+            "glasshouse.v1.GenerationService",
+            [
+                FakeMethod("Score", generation_pb2.ScoreRequest, serve.score),
+                FakeMethod("Generate", generation_pb2.GenerateRequest, serve.generate, streams=True),
+            ],
+        ),
+        (
+            "glasshouse.v1.ActivationService",
+            [
+                FakeMethod(
+                    "ExtractActivations",
+                    activations_pb2.ExtractActivationsRequest,
+                    serve.extract_activations,
+                    streams=True,
+                )
+            ],
+        ),
+    ]
+
+
+def dictionary_methods(serve: FakeDictionaryServices) -> Services:
+    """The service of dictionaries."""
+    pb = dictionaries_pb2
+    return [
+        (
+            "glasshouse.v1.DictionaryService",
+            [
+                FakeMethod("ListDictionaries", pb.ListDictionariesRequest, serve.list_dictionaries),
+                FakeMethod("GetDictionary", pb.GetDictionaryRequest, serve.get_dictionary),
+                FakeMethod("LoadDictionary", pb.LoadDictionaryRequest, serve.load_dictionary),
+                FakeMethod("UnloadDictionary", pb.UnloadDictionaryRequest, serve.unload_dictionary),
+                FakeMethod("EncodeFeatures", pb.EncodeFeaturesRequest, serve.encode_features, streams=True),
+                FakeMethod("DecodeFeatures", pb.DecodeFeaturesRequest, serve.decode_features),
+                FakeMethod("GetFeature", pb.GetFeatureRequest, serve.get_feature),
+                FakeMethod("ListFeatures", pb.ListFeaturesRequest, serve.list_features),
+                FakeMethod("EvaluateDictionary", pb.EvaluateDictionaryRequest, serve.evaluate_dictionary),
+            ],
+        )
+    ]
+
+
+def operation_methods(serve: FakeOperations) -> Services:
+    """The service of long operations."""
+    pb = operations_pb2
+    return [
+        (
+            "google.longrunning.Operations",
+            [
+                FakeMethod("GetOperation", pb.GetOperationRequest, serve.get),
+                FakeMethod("WaitOperation", pb.WaitOperationRequest, serve.wait),
+                FakeMethod("CancelOperation", pb.CancelOperationRequest, serve.cancel),
+            ],
+        )
+    ]
