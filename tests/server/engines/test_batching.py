@@ -346,3 +346,19 @@ async def test_refusals_name_the_field(engine: Any, answer: Any, fable_model: An
     assert caught.value.reason == reason
     assert caught.value.field == field
     assert caught.value.remedy
+
+
+async def test_readouts_are_bounded_before_anything_runs(fable_model: Any, answer: Any) -> None:
+    engine = TransformersEngine(fable_model, limits=Limits(max_readout_bytes=100_000))
+    await engine.start()
+    try:
+        every = tuple(
+            ReadActivations(hook_point=point.name) for point in engine.hook_points if point.kind == "residual"
+        )
+        with pytest.raises(ResourceExhausted) as caught:
+            await answer(engine, encode(fable_model), max_tokens=200, readouts=every)
+        assert (caught.value.reason, caught.value.field) == (reasons.LIMIT_EXCEEDED, "readouts")
+        few = await answer(engine, encode(fable_model), max_tokens=20, readouts=every[:2], ignore_eos=True)
+        assert len(few.tokens) == 20
+    finally:
+        await engine.stop()

@@ -17,7 +17,7 @@ from glasshouse.server.interventions import edits, features
 from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.readouts import prepared
 from glasshouse.server.readouts.prepared import PreparedReadout
-from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
+from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from glasshouse.server.types.interventions import (
     FeatureEdit,
     Intervention,
@@ -39,6 +39,7 @@ class Preparation:
     table: HookTable
     device: torch.device
     dictionaries: DictionaryStore
+    max_readout_bytes: int
 
     def check_tokens(self, token_ids: Sequence[int], *, max_tokens: int, field: str) -> None:
         """Raises `InvalidArgument` for an empty prompt, ids off the vocabulary, or more than the context holds."""
@@ -155,6 +156,21 @@ class Preparation:
             )
         return tuple(ready)
 
+    def check_bytes(self, ready: Sequence[PreparedReadout], *, n_fed: int, field: str) -> None:
+        """Raises `ResourceExhausted` where what is read at the `n_fed` positions is more than one request may take."""
+        total = 0
+        for readout in ready:
+            n_positions = sum(min(high, n_fed) - low for low, high in readout.positions.ranges if low < n_fed)
+            total += n_positions * _bytes_per_position(readout, n_fed)
+        if total > self.max_readout_bytes:
+            raise ResourceExhausted(
+                f"the {field} come to as many as {total:,} bytes, a request may take {self.max_readout_bytes:,}",
+                reason=reasons.LIMIT_EXCEEDED,
+                field=field,
+                value=total,
+                remedy="read fewer positions or hook points; the operator sets limits.max_readout_bytes",
+            )
+
     def extraction(
         self, hook_points: Sequence[str], positions: Selector, dtype: WireDType, *, prompt: Sequence[int]
     ) -> tuple[PreparedReadout, ...]:
@@ -187,6 +203,15 @@ class Preparation:
             special_token_ids=self.info.special_token_ids,
             field=field,
         )
+
+
+def _bytes_per_position(readout: PreparedReadout, n_fed: int) -> int:
+    if readout.lens_top_k:
+        return 8 * readout.lens_top_k
+    if readout.dictionary is not None:
+        return 8 * (readout.top_k or (0 if readout.feature_ids is None else readout.feature_ids.numel()))
+    size = 4 if readout.dtype == "float32" else 2
+    return size * (readout.point.n_heads * n_fed if readout.point.kind == "attention" else readout.point.width)
 
 
 def receipt(ready: Sequence[PreparedIntervention]) -> tuple[InterventionReceipt, ...]:

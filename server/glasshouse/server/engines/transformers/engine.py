@@ -105,7 +105,11 @@ class TransformersEngine(Engine):
         )
         self._dictionaries = DictionaryStore(limits.max_dictionary_bytes)
         self._preparation = Preparation(
-            info=self._info, table=self._table, device=loaded.device, dictionaries=self._dictionaries
+            info=self._info,
+            table=self._table,
+            device=loaded.device,
+            dictionaries=self._dictionaries,
+            max_readout_bytes=limits.max_readout_bytes,
         )
         self._model = Model(loaded, self._table)
         position_bytes = 2 * loaded.n_layers * loaded.n_kv_heads * loaded.d_head * loaded.dtype.itemsize
@@ -211,6 +215,7 @@ class TransformersEngine(Engine):
         self._check_cache(n_fed)
         edits = self._preparation.edits(request.interventions, prompt=request.prompt, n_fed=n_fed)
         readouts = self._preparation.readouts(request.readouts, prompt=request.prompt, n_fed=n_fed)
+        self._preparation.check_bytes(readouts, n_fed=n_fed, field="readouts")
         stream: EventStream[GenerationEvent] = self._stream()
         row = GenerationRow(
             request,
@@ -249,29 +254,21 @@ class TransformersEngine(Engine):
     async def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         """Each input as it is done; see `Engine`."""
         self._admit(queued=len(self._scheduler.jobs), most=_MAX_JOBS)
-        inputs = []
-        for index, tokens in enumerate(request.inputs):
-            self._preparation.check_tokens(tokens, max_tokens=0, field=f"inputs[{index}]")
-            inputs.append(
-                BulkInput(
-                    index=index,
-                    prompt=Prompt(
-                        tokens=tokens,
-                        edits=self._preparation.edits(
-                            request.interventions, prompt=tokens, n_fed=len(tokens)
-                        ),
-                        readouts=self._preparation.extraction(
-                            request.hook_points, request.positions, request.dtype, prompt=tokens
-                        ),
-                    ),
-                )
-            )
+        inputs = [self._bulk_input(request, index) for index in range(len(request.inputs))]
         stream: EventStream[ExtractedInput] = self._stream()
         job = ExtractionJob(self._model, inputs, stream)
         async with aclosing(self._submit(job, stream)) as batches:
             async for batch in batches:
                 for extracted in batch:
                     yield extracted
+
+    def _bulk_input(self, request: ExtractionRequest, index: int) -> BulkInput:
+        tokens, check = request.inputs[index], self._preparation
+        check.check_tokens(tokens, max_tokens=0, field=f"inputs[{index}]")
+        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens))
+        readouts = check.extraction(request.hook_points, request.positions, request.dtype, prompt=tokens)
+        check.check_bytes(readouts, n_fed=len(tokens), field="hook_points")
+        return BulkInput(index=index, prompt=Prompt(tokens=tokens, edits=edits, readouts=readouts))
 
     def _admit(self, *, queued: int, most: int) -> None:
         if self._stopping or self._failure:
