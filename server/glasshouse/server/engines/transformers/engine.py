@@ -254,7 +254,10 @@ class TransformersEngine(Engine):
     async def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         """Each input as it is done; see `Engine`."""
         self._admit(queued=len(self._scheduler.jobs), most=_MAX_JOBS)
-        inputs = [self._bulk_input(request, index) for index in range(len(request.inputs))]
+        # Thousands of inputs, each with its own checks: not on the event loop.
+        inputs = await asyncio.to_thread(
+            lambda: [self._bulk_input(request, index) for index in range(len(request.inputs))]
+        )
         stream: EventStream[ExtractedInput] = self._stream()
         job = ExtractionJob(self._model, inputs, stream)
         async with aclosing(self._submit(job, stream)) as batches:
