@@ -1,5 +1,5 @@
-"""Values with a syntax of their own: HOOK=FILE*COEF, HOOK:K, positions. Each refusal is bad usage (status
-2)."""
+"""Values with a syntax of their own: HOOK=FILE*COEF, HOOK:K, DICT:INDEX=VALUE, positions. Each refusal is bad usage
+(status 2)."""
 
 from __future__ import annotations
 
@@ -49,6 +49,34 @@ def lens(text: str) -> Readout:
     return read_logit_lens(hook_point, top_k=int(number))
 
 
+def feature_setting(text: str, positions: Positions | None) -> Intervention:
+    """`DICT:INDEX=VALUE`: sets a feature, or `DICT:1,2,3=VALUE` several."""
+    from glasshouse.client import set_feature
+
+    dictionary, features, value = _feature_number(text, "--set-feature", "DICT:INDEX=VALUE")
+    return set_feature(dictionary, features, value, positions=positions)
+
+
+def feature_scaling(text: str, positions: Positions | None) -> Intervention:
+    """`DICT:INDEX=FACTOR`: multiplies a feature, or `DICT:1,2,3=FACTOR` several."""
+    from glasshouse.client import scale_feature
+
+    dictionary, features, factor = _feature_number(text, "--scale-feature", "DICT:INDEX=FACTOR")
+    return scale_feature(dictionary, features, factor, positions=positions)
+
+
+def feature_reading(text: str) -> Readout:
+    """`DICT` or `DICT:K`: the K strongest features (default 8)."""
+    from glasshouse.client import read_features
+
+    dictionary, colon, number = text.rpartition(":")
+    if not colon:
+        return read_features(text)
+    if not number.isdecimal():
+        raise typer.BadParameter(f"{number!r} is not a count in {text!r}", param_hint="--read-features")
+    return read_features(dictionary, top_k=int(number))
+
+
 def positions_option(text: str | None) -> Positions | None:
     """`all`, `prompt`, `generated`, `last`, `3`, `0,2,5`, `4:10`, `4:` or `:10`."""
     if text is None:
@@ -83,6 +111,17 @@ def lines_of(path: Path) -> list[str]:
         raise typer.BadParameter(f"cannot read {path}: {error.strerror}", param_hint="--file") from None
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is not UTF-8 at byte {error.start}", param_hint="--file") from None
+
+
+def _feature_number(text: str, option: str, form: str) -> tuple[str, list[int], float]:
+    place, _, number = text.partition("=")
+    dictionary, _, listed = place.rpartition(":")
+    try:
+        if not dictionary:
+            raise ValueError(form)
+        return dictionary, [int(part) for part in listed.split(",")], float(number)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option) from None
 
 
 def _vector(hook_point: str, path: str, text: str, option: str, form: str) -> Any:

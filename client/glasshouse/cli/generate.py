@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glasshouse.cli.arguments import ablation, lens, positions_option, steering
+from glasshouse.cli.arguments import (
+    ablation,
+    feature_reading,
+    feature_scaling,
+    feature_setting,
+    lens,
+    positions_option,
+    steering,
+)
 from glasshouse.cli.options import (
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT_S,
@@ -58,6 +66,16 @@ def generate(
         list[str] | None,
         typer.Option("--ablate", metavar="HOOK=FILE", help="Remove a direction, after steering; repeatable."),
     ] = None,
+    set_feature: Annotated[
+        list[str] | None,
+        typer.Option("--set-feature", metavar="DICT:INDEX=VALUE", help="Set a feature; repeatable."),
+    ] = None,
+    scale_feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scale-feature", metavar="DICT:INDEX=FACTOR", help="Multiply a feature; 0 ablates; repeatable."
+        ),
+    ] = None,
     positions: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +91,12 @@ def generate(
         list[str] | None,
         typer.Option("--lens", metavar="HOOK[:K]", help="Read the logit lens, K tokens; repeatable."),
     ] = None,
+    read_features: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--read-features", metavar="DICT[:K]", help="Read the K strongest features; repeatable."
+        ),
+    ] = None,
     logprobs: Annotated[
         int, typer.Option("--logprobs", metavar="K", help="Alternatives to show with each token.")
     ] = 0,
@@ -86,12 +110,20 @@ def generate(
 ) -> None:
     """Generate text, streamed as it comes.
 
-    With --read, --lens or --logprobs: one line a token. With --json: one line an event, "prompt", "token" and
-    "finished".
+    With --read, --lens, --read-features or --logprobs: one line a token. With --json: one line an event, "prompt",
+    "token" and "finished".
     """
     where = positions_option(positions)
-    edits = [steering(each, where) for each in steer or ()] + [ablation(each, where) for each in ablate or ()]
-    lenses = [lens(each) for each in logit_lens or ()]
+    edits = [
+        *(steering(each, where) for each in steer or ()),
+        *(ablation(each, where) for each in ablate or ()),
+        *(feature_setting(each, where) for each in set_feature or ()),
+        *(feature_scaling(each, where) for each in scale_feature or ()),
+    ]
+    readings = [
+        *(lens(each) for each in logit_lens or ()),
+        *(feature_reading(each) for each in read_features or ()),
+    ]
 
     from glasshouse.client import read_activations
 
@@ -108,12 +140,12 @@ def generate(
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             interventions=edits,
-            readouts=[*(read_activations(each) for each in read or ()), *lenses],
+            readouts=[*(read_activations(each) for each in read or ()), *readings],
         ) as stream,
     ):
         if json:
             _write_events(stream)
-        elif read or logit_lens or logprobs:
+        elif read or readings or logprobs:
             _write_lines(stream)
         else:
             _write_text(stream)
@@ -139,6 +171,7 @@ def _write_lines(stream: GenerationStream) -> None:
         if token.top_logprobs is not None:
             parts.append(_alternatives(token.top_logprobs))
         parts += [f"{name}: {_alternatives(top)}" for name, top in token.logit_lens.items()]
+        parts += [f"{name}: {_strongest(found)}" for name, found in token.features.items()]
         parts += [f"|{name}| {_norm(array):.4g}" for name, array in token.activations.items()]
         typer.echo("\t".join(parts))
         sys.stdout.flush()
@@ -155,6 +188,10 @@ def _write_events(stream: GenerationStream) -> None:
                 for name, array in readouts.items()
             },
             "logit_lens": {name: dataclasses.asdict(seen) for name, seen in readouts.logit_lens.items()},
+            "features": {
+                name: {"positions": rows.positions, "values": [_features(row) for _, row in rows]}
+                for name, rows in readouts.features.items()
+            },
         }
     )
     for token in stream:
@@ -186,7 +223,17 @@ def _token_fields(token: GeneratedToken) -> dict[str, Any]:
         fields["activations"] = {name: array.astype("float32") for name, array in token.activations.items()}
     if token.logit_lens:
         fields["logit_lens"] = {name: dataclasses.asdict(top) for name, top in token.logit_lens.items()}
+    if token.features:
+        fields["features"] = {name: _features(found) for name, found in token.features.items()}
     return fields
+
+
+def _features(found: Any) -> list[dict[str, Any]]:
+    return [{"feature": index, "activation": value} for index, value in found]
+
+
+def _strongest(found: Any) -> str:
+    return " ".join(f"{index} {value:.3g}" for index, value in found)
 
 
 def _alternatives(top: Any) -> str:

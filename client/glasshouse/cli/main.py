@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from glasshouse.cli import activations, generate, models, score, serve, version
+from glasshouse.cli import activations, dictionaries, features, generate, models, score, serve, version
 
 
 class Commands(TyperGroup):
@@ -49,6 +49,10 @@ app.command("tokenize")(models.tokenize)
 app.command("generate")(generate.generate)
 app.command("activations")(activations.activations)
 app.command("score")(score.score)
+app.command("dictionaries")(dictionaries.dictionaries)
+app.command("features")(features.features)
+app.command("feature")(dictionaries.feature)
+app.command("evaluate-dictionary")(dictionaries.evaluate_dictionary)
 app.command("version")(version.version)
 app.command("serve", context_settings=serve.UNTOUCHED)(serve.serve)
 

@@ -41,8 +41,8 @@ class FeatureTable:
 
     @property
     def largest(self) -> float:
-        """The largest activation of the table; 0 where there is none."""
-        return max((value for row in self.rows for _, value in row.features), default=0.0)
+        """The largest magnitude in the table; 0 where there is none."""
+        return max((abs(value) for row in self.rows for _, value in row.features), default=0.0)
 
     def __str__(self) -> str:
         shown = [[str(row.position), _shown(row.token)] for row in self.rows]
@@ -99,9 +99,9 @@ TINTS: Final[list[tuple[int, int, int]]] = [
 
 def tint(value: float, largest: float) -> str:
     """A rich style whose background says how large `value` is beside `largest`; none for 0."""
-    if value <= 0 or largest <= 0:
+    if not value or largest <= 0:
         return "dim"
-    level = min(int(value / largest * len(TINTS)), len(TINTS) - 1)
+    level = min(int(abs(value) / largest * len(TINTS)), len(TINTS) - 1)
     red, green, blue = TINTS[level]
     return f"{'black' if level >= 3 else 'bright_white'} on rgb({red},{green},{blue})"
 
@@ -126,6 +126,6 @@ def _number(value: float) -> str:
 
 
 def _bar(value: float, largest: float) -> str:
-    if value <= 0 or largest <= 0:
+    if not value or largest <= 0:
         return _BARS[0]
-    return _BARS[max(1, round(value / largest * (len(_BARS) - 1)))]
+    return _BARS[max(1, round(abs(value) / largest * (len(_BARS) - 1)))]

@@ -40,8 +40,8 @@ class FeatureActivations:
         return float(self.activations[found[0]]) if len(found) else default
 
     def top(self, k: int) -> FeatureActivations:
-        """The `k` largest activations, the largest first; the lower id where two are equal."""
-        order = np.lexsort((self.ids, -self.activations))[:k]
+        """The `k` strongest by magnitude, the strongest first; the lower id where two are equal."""
+        order = np.lexsort((self.ids, -np.abs(self.activations)))[:k]
         return FeatureActivations(self.ids[order], self.activations[order])
 
     def joined(self, other: FeatureActivations) -> FeatureActivations:
@@ -99,11 +99,10 @@ class FeatureRows:
         return column
 
     def strongest(self, k: int) -> FeatureActivations:
-        """The `k` features with the largest activation anywhere, each with that activation."""
-        ids, inverse = np.unique(self.ids, return_inverse=True)
-        peaks = np.full(len(ids), -np.inf, dtype=np.float32)
-        np.maximum.at(peaks, inverse, self.activations)
-        return FeatureActivations(ids, peaks).top(k)
+        """The `k` features strongest anywhere by magnitude, each with its activation there."""
+        order = np.lexsort((-np.abs(self.activations), self.ids))
+        ids, first = np.unique(self.ids[order], return_index=True)
+        return FeatureActivations(ids, self.activations[order][first]).top(k)
 
     def joined(self, other: FeatureRows) -> FeatureRows:
         """The positions of both; where both have one, this one's features first."""

@@ -1,0 +1,176 @@
+"""`glasshouse dictionaries`, `feature` and `evaluate-dictionary`: what is loaded, and how good it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glasshouse.cli.arguments import lines_of
+from glasshouse.cli.options import (
+    DEFAULT_TARGET,
+    DEFAULT_TIMEOUT_S,
+    ApiKey,
+    Json,
+    ModelName,
+    Target,
+    Timeout,
+    Tls,
+    TlsCa,
+    connect,
+)
+from glasshouse.cli.output import write_json, write_table
+
+if TYPE_CHECKING:
+    from glasshouse.client import FeatureInfo, LogitEffects, OperationProgress
+
+
+def dictionaries(
+    model: ModelName = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    json: Json = False,
+) -> None:
+    """List the dictionaries loaded for a model.
+
+    L0 is the mean number of active features a position and FVU the fraction of variance unexplained, measured when
+    the dictionary was loaded.
+    """
+    with connect(target, api_key, tls, tls_ca, timeout) as client:
+        found = client.model(model).dictionaries()
+    if json:
+        write_json([dataclasses.asdict(info) for info in found])
+        return
+    rows = [
+        (
+            info.name,
+            info.kind,
+            info.architecture,
+            " ".join(info.hook_points_in),
+            "" if info.hook_points_out == info.hook_points_in else " ".join(info.hook_points_out),
+            info.d_sae,
+            info.dtype,
+            f"{info.check.l0:.1f}" if info.check else "",
+            f"{info.check.fvu:.3f}" if info.check else "",
+        )
+        for info in found
+    ]
+    write_table(["name", "kind", "architecture", "reads", "writes", "d_sae", "dtype", "L0", "FVU"], rows)
+    for info in found:
+        if info.check is not None and info.check.warning:
+            typer.secho(f"{info.name}: {info.check.warning}", fg="yellow", err=True)
+
+
+def feature(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The dictionary.")],
+    index: Annotated[int, typer.Argument(metavar="INDEX", help="The feature.")],
+    n_tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens on either side.")] = 10,
+    n_nearest: Annotated[int, typer.Option("--nearest", metavar="N", help="Nearest features.")] = 5,
+    model: ModelName = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    json: Json = False,
+) -> None:
+    """Show one feature: the tokens it promotes and suppresses, its norm, its nearest features."""
+    with connect(target, api_key, tls, tls_ca, timeout) as client:
+        dictionary = client.model(model).dictionary(name)
+        found = dictionary.feature(index, n_tokens=n_tokens, n_nearest=n_nearest)
+    if json:
+        write_json(dataclasses.asdict(found))
+    else:
+        write_table(["", ""], _lines(found))
+
+
+def evaluate_dictionary(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The dictionary.")],
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="LINES.txt", help="Texts, one a line; default the server's own."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", help="Most tokens; 0 is the server's default.")
+    ] = 0,
+    model: ModelName = None,
+    target: Target = DEFAULT_TARGET,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    json: Json = False,
+) -> None:
+    """Measure a dictionary over text, the model spliced: L0, variance explained, loss recovered and more.
+
+    Interrupting cancels the work at the server. --timeout bounds each call, not the measurement.
+    """
+    inputs = lines_of(file) if file is not None else None
+    with connect(target, api_key, tls, tls_ca, timeout) as client:
+        operation = client.model(model).dictionary(name).evaluate(inputs, max_tokens=max_tokens)
+        try:
+            with _progress_bar(name) as advance:
+                found = operation.result(on_progress=advance)
+        except KeyboardInterrupt:
+            operation.cancel()
+            raise
+    if json:
+        write_json({"dictionary": name, "tokens": found.tokens, "metrics": dict(found.metrics)})
+        return
+    rows = [(metric, f"{value:.4g}") for metric, value in found.metrics.items()]
+    write_table(["metric", "value"], [*rows, ("tokens", f"{found.tokens}")])
+
+
+def promotes(info: FeatureInfo, n: int = 5) -> str:
+    """What a feature is in a few words: its label, or else the tokens it promotes."""
+    if info.label:
+        return info.label
+    if info.promoted is None:
+        return ""
+    return " ".join(repr(token) for token in info.promoted.tokens[:n])
+
+
+def _lines(info: FeatureInfo) -> list[tuple[str, str]]:
+    density = "" if info.density is None else f"{info.density:.4%}"
+    nearest = "  ".join(f"{near.index} ({near.cosine:.2f})" for near in info.nearest)
+    rows = [
+        ("feature", str(info.index)),
+        ("label", info.label),
+        ("decoder norm", f"{info.decoder_norm:.4g}"),
+        ("density", density),
+        ("promotes", _effects(info.promoted)),
+        ("suppresses", _effects(info.suppressed)),
+        ("nearest", nearest),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def _effects(effects: LogitEffects | None) -> str:
+    if effects is None:
+        return ""
+    return "  ".join(f"{token!r} {logit:+.2f}" for token, logit in zip(effects.tokens, effects.logits))
+
+
+@contextmanager
+def _progress_bar(name: str) -> Iterator[Callable[[OperationProgress], object] | None]:
+    """A bar on standard error where that is a terminal; what is yielded takes each progress."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{name}: queued", total=1.0)
+        yield lambda progress: bar.update(
+            task, completed=progress.fraction, description=f"{name}: {progress.phase}"
+        )
