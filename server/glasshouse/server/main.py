@@ -41,6 +41,9 @@ class StartError(Exception):
 def main(argv: list[str], engine_factory: EngineFactory | None = None) -> int:
     """Serves until told to stop. `argv`: the arguments after `serve`. Returns the exit status."""
     arguments = _parser().parse_args(argv)
+    # Read when torch loads. Threads that spin at each barrier take the cores that the event loop and clients on
+    # this machine need, and wait for one another: where cores are shared, a step takes up to ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _run(arguments, engine_factory)
     except StartError as error:

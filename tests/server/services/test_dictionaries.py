@@ -367,6 +367,50 @@ async def test_refusals(fable_model: Any, tmp_path: Path) -> None:
             assert (refused.reason, refused.field) == (reason, field)
 
 
+async def test_a_crosscoder_over_two_models_encodes_given_activations(
+    fable_model: Any, tmp_path: Path
+) -> None:
+    """Model diffing: what one server cannot run it still encodes, and says so elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    d = 24
+    tensors = {
+        "W_enc": torch.randn(D_SAE, 2, d, generator=generator),
+        "W_dec": torch.randn(D_SAE, 2, d, generator=generator),
+        "b_enc": torch.randn(D_SAE, generator=generator),
+        "b_dec": torch.randn(2, d, generator=generator),
+    }
+    points = ("model[0]:blocks.2.hook_resid_post", "model[1]:blocks.2.hook_resid_post")
+    recipe = Recipe(
+        kind="crosscoder",
+        architecture="standard",
+        hook_points_in=points,
+        hook_points_out=points,
+        tensors=tensors,
+    )
+    save_dictionary(recipe, tmp_path / "diff")
+    async with glass(fable_model, tmp_path) as g:
+        loaded = await g.stub.LoadDictionary(
+            pb.LoadDictionaryRequest(dictionary="diff", path=str(tmp_path / "diff"))
+        )
+        assert tuple(loaded.dictionaries[0].hook_points_in) == points
+        x = np.random.default_rng(0).standard_normal((5, 2, d)).astype(np.float32)
+        request = pb.EncodeFeaturesRequest(
+            dictionary="diff", activations=pack(x), features=list(range(D_SAE))
+        )
+        events = await events_of(g.stub.EncodeFeatures(request))
+        values = unpack(events[1].rows.activations).reshape(5, D_SAE)
+        h = np.einsum("nsd,fsd->nf", x.astype(np.float64), tensors["W_enc"].double().numpy())
+        np.testing.assert_allclose(values, np.maximum(h + tensors["b_enc"].numpy(), 0), rtol=1e-4, atol=1e-4)
+        of_text = pb.EncodeFeaturesRequest(dictionary="diff", inputs=[{"text": TEXT}])
+        refused = await refusal(lambda: g.stub.EncodeFeatures(of_text))
+        assert (refused.code, refused.reason) == ("FAILED_PRECONDITION", "CAPABILITY_MISSING")
+        asked = generation_pb2.GenerateRequest(
+            input={"text": TEXT}, max_tokens=2, readouts=[{"features": {"dictionary": "diff", "top_k": 2}}]
+        )
+        refused = await refusal(lambda: g.served.generation.Generate(asked))
+        assert (refused.code, refused.field) == ("FAILED_PRECONDITION", "readouts[0].features.dictionary")
+
+
 class Operations:
     """google.longrunning.Operations by hand."""
 

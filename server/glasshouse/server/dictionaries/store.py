@@ -40,7 +40,11 @@ class DictionaryCheck:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldDictionary:
-    """A dictionary of the store, with the model's hook points it reads and writes."""
+    """A dictionary of the store, with the model's hook points it reads and writes.
+
+    A crosscoder over two models reads what no single model has: it is held with no hook points, `detached` says why, and
+    it encodes and decodes given activations only.
+    """
 
     name: str
     path: str
@@ -49,6 +53,23 @@ class HeldDictionary:
     points_out: tuple[HookPoint, ...]
     size_bytes: int
     check: DictionaryCheck | None = None
+    detached: str = ""
+
+    def attached(self, field: str) -> HeldDictionary:
+        """Itself, where it can run on the model's own activations.
+
+        Raises:
+            FailedPrecondition: it cannot.
+        """
+        if self.detached:
+            raise FailedPrecondition(
+                f"dictionary {self.name} {self.detached}",
+                reason=reasons.CAPABILITY_MISSING,
+                field=field,
+                value=self.name,
+                remedy="encode given activations: EncodeFeatures with `activations`",
+            )
+        return self
 
 
 class DictionaryStore:

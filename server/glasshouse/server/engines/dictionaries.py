@@ -32,6 +32,9 @@ from glasshouse.wire import reasons
 
 from .engine import Engine
 
+# How the loaders name the hook points of a crosscoder over several models: `model[0]:...`.
+_OF_SEVERAL_MODELS = "model["
+
 _log = structlog.get_logger(__name__)
 
 
@@ -62,6 +65,17 @@ async def _fit(
     engine: Engine, table: HookTable, dictionary: Dictionary, path: str, n_parts: int
 ) -> HeldDictionary:
     facts = dictionary.facts
+    size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
+    if any(name.startswith(_OF_SEVERAL_MODELS) for name in (*facts.hook_points_in, *facts.hook_points_out)):
+        return HeldDictionary(
+            name=facts.name,
+            path=path,
+            dictionary=dictionary,
+            points_in=(),
+            points_out=(),
+            size_bytes=size_bytes,
+            detached="reads the activations of several models, of which this server runs one",
+        )
     points_in = _points(table, facts.name, facts.hook_points_in, facts.d_in, writing=False)
     points_out = _points(table, facts.name, facts.hook_points_out, facts.d_out, writing=True)
     bad = await asyncio.to_thread(dictionary.first_not_finite)
@@ -76,7 +90,6 @@ async def _fit(
     device = engine.info.device
     if device != "cpu":
         dictionary = await asyncio.to_thread(dictionary.to, device)
-    size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
     check = await measure(engine, dictionary, points_in, points_out)
     if check.warning:
         _log.warning(

@@ -86,6 +86,7 @@ async def encode_inputs(
     wanted: Wanted,
 ) -> AsyncGenerator[EncodedInput, None]:
     """Each input as it is done, in any order."""
+    held.attached("dictionary")
     request = ExtractionRequest(
         inputs=tuple(inputs),
         hook_points=tuple(point.name for point in held.points_in),
@@ -106,7 +107,7 @@ def given(held: HeldDictionary, activations: FloatArray, field: str) -> Iterator
         InvalidArgument: a shape that is not the dictionary's.
     """
     facts = held.dictionary.facts
-    n_points = len(held.points_in)
+    n_points = len(facts.hook_points_in)
     expected = (facts.d_in,) if n_points == 1 else (n_points, facts.d_in)
     if activations.shape[1:] != expected:
         raise InvalidArgument(
@@ -115,7 +116,7 @@ def given(held: HeldDictionary, activations: FloatArray, field: str) -> Iterator
             reason=reasons.WRONG_WIDTH,
             field=field,
             value=tuple(activations.shape),
-            remedy=f"send activations of {', '.join(point.name for point in held.points_in)}",
+            remedy=f"send activations of {', '.join(facts.hook_points_in)}",
         )
     rows = torch.from_numpy(activations)
     return iter(torch.split(rows, ROWS_AT_A_TIME))

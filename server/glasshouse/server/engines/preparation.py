@@ -109,7 +109,8 @@ class Preparation:
         positions: ResolvedPositions,
         field: str,
     ) -> PreparedIntervention:
-        held = self.dictionaries.get(edit.dictionary, field=f"{field}.{edit.kind}.dictionary")
+        named = f"{field}.{edit.kind}.dictionary"
+        held = self.dictionaries.get(edit.dictionary, field=named).attached(named)
         return features.prepare(
             intervention,
             index=index,
@@ -129,7 +130,8 @@ class Preparation:
             field = f"readouts[{index}]"
             positions = self._resolve(readout.positions, prompt, n_fed, f"{field}.positions")
             if isinstance(readout, ReadFeatures):
-                held = self.dictionaries.get(readout.dictionary, field=f"{field}.features.dictionary")
+                named = f"{field}.features.dictionary"
+                held = self.dictionaries.get(readout.dictionary, field=named).attached(named)
                 ready.append(
                     prepared.prepare_features(
                         readout,
@@ -211,7 +213,9 @@ def _bytes_per_position(readout: PreparedReadout, n_fed: int) -> int:
     if readout.dictionary is not None:
         return 8 * (readout.top_k or (0 if readout.feature_ids is None else readout.feature_ids.numel()))
     size = 4 if readout.dtype == "float32" else 2
-    return size * (readout.point.n_heads * n_fed if readout.point.kind == "attention" else readout.point.width)
+    return size * (
+        readout.point.n_heads * n_fed if readout.point.kind == "attention" else readout.point.width
+    )
 
 
 def receipt(ready: Sequence[PreparedIntervention]) -> tuple[InterventionReceipt, ...]:

@@ -175,7 +175,7 @@ class DictionaryServicer:
         """What features write."""
         model, held = self._find(request.dictionary, "dictionary")
         rows = sparse_rows(request, held)
-        width = held.dictionary.facts.d_out * len(held.points_out)
+        width = held.dictionary.facts.d_out * len(held.dictionary.facts.hook_points_out)
         n_bytes = (len(rows.indptr) - 1) * width * 4
         fields.count(n_bytes, "indptr", self._limits.max_message_bytes - 4096, "max_message_bytes", "bytes")
         output = await asyncio.to_thread(
@@ -249,6 +249,7 @@ class DictionaryServicer:
         """Starts an evaluation."""
         model, held = self._find(request.dictionary, "dictionary")
         limits = self._limits
+        held.attached("dictionary")
         most = request.max_tokens or _MAX_TOKENS
         fields.whole(most, "max_tokens", 2, limits.max_input_tokens_total)
         if request.inputs:
@@ -276,7 +277,7 @@ def _contributions(model: ServedModel, held: HeldDictionary, feature: int) -> np
     """Logit contributions (vocab,) of a feature's decoder row; of the last point it writes where it writes several. None
     where it does not write the residual stream.
     """
-    if held.points_out[-1].kind != "residual":
+    if held.detached or held.points_out[-1].kind != "residual":
         return None
     rows = held.dictionary.decoder_rows(torch.tensor([feature])).cpu().numpy()
     direction = rows[0] if rows.ndim == 2 else rows[0, -1]
@@ -287,7 +288,9 @@ def _contributions(model: ServedModel, held: HeldDictionary, feature: int) -> np
 def _ordered(held: HeldDictionary, order: int) -> Sequence[int]:
     d_sae = held.dictionary.facts.d_sae
     if order == pb.FEATURE_ORDER_DECODER_NORM:
-        by_norm: list[int] = torch.argsort(held.dictionary.decoder_norms, descending=True, stable=True).tolist()
+        by_norm: list[int] = torch.argsort(
+            held.dictionary.decoder_norms, descending=True, stable=True
+        ).tolist()
         return by_norm
     if order == pb.FEATURE_ORDER_DENSITY and held.check is not None:
         by_density: list[int] = np.argsort(-held.check.density, kind="stable").tolist()

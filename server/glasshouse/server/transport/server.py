@@ -80,7 +80,9 @@ class Server:
             "glasshouse.v1.GenerationService": GenerationServicer(catalogue, limits, settings.streams),
             "glasshouse.v1.ActivationService": ActivationServicer(catalogue, limits),
             "glasshouse.v1.DictionaryService": DictionaryServicer(catalogue, limits, operations),
-            "google.longrunning.Operations": OperationServicer(operations, lambda error: rich_status(error, "")),
+            "google.longrunning.Operations": OperationServicer(
+                operations, lambda error: rich_status(error, "")
+            ),
         }
         gate = Gate(keys=self._keys, limits=limits, metrics=self.metrics, log=self._log)
         for service in SERVICES:
