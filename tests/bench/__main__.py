@@ -9,9 +9,7 @@ import argparse
 import os
 import sys
 
-from .bars.registry import BARS
 from .harness import RESULTS, Results
-from .workbench import Workbench
 
 
 def pin(n_cores: int) -> int:
@@ -25,14 +23,20 @@ def pin(n_cores: int) -> int:
 
 def main() -> int:
     """Measures, prints, writes; the exit status."""
+    # As the server does. Read when torch loads, which the bars' imports do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .bars.registry import BARS
+    from .workbench import Workbench
+
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure the bars.")
     parser.add_argument("--only", metavar="NAME", action="append", choices=list(BARS), help=", ".join(BARS))
     parser.add_argument("--repeats", metavar="N", type=int, default=5, help="turns of each comparison")
     parser.add_argument("--cores", metavar="N", type=int, default=2)
+    parser.add_argument("--threads", metavar="N", type=int, help="of torch, everywhere; default: --cores")
     arguments = parser.parse_args()
     n_cores = pin(arguments.cores)
     results = Results()
-    with Workbench(threads=n_cores, repeats=arguments.repeats) as bench:
+    with Workbench(threads=arguments.threads or n_cores, repeats=arguments.repeats) as bench:
         for name in arguments.only or BARS:
             BARS[name](bench, results.report)
     results.write()

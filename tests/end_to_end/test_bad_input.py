@@ -5,10 +5,12 @@ What the client would not send is sent by the stubs, and what no stub would send
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.request import urlopen
 
 import grpc
 import numpy as np
@@ -20,6 +22,7 @@ from glasshouse.client import (
     AsyncClient,
     Client,
     DeadlineExceededError,
+    FailedPreconditionError,
     Model,
     NotFoundError,
     ResourceExhaustedError,
@@ -459,8 +462,6 @@ def test_a_deadline_in_mid_generation(model: Model, metric: Callable[[str], floa
 
 
 def test_edits_that_drive_the_model_to_infinity(model: Model) -> None:
-    from glasshouse.client import FailedPreconditionError
-
     huge = add_vector(HOOK_POINT, VECTOR, coefficient=3e38)
     with pytest.raises(FailedPreconditionError) as caught:
         model.generate(PROMPT, max_tokens=4, interventions=[huge, huge]).result()
@@ -468,8 +469,6 @@ def test_edits_that_drive_the_model_to_infinity(model: Model) -> None:
 
 
 async def test_a_queue_over_its_bound(make_server: Callable[..., ServerProcess]) -> None:
-    import asyncio
-
     server = make_server("[limits]\nmax_running = 2\nmax_queued = 3\n")
     async with AsyncClient(server.target, max_attempts=1) as client:
         model = await client.model()
@@ -478,7 +477,8 @@ async def test_a_queue_over_its_bound(make_server: Callable[..., ServerProcess])
         done = await asyncio.gather(*(stream.result() for stream in streams), return_exceptions=True)
         refused = [error for error in done if isinstance(error, BaseException)]
         assert time.monotonic() - begun < 60
-        assert 5 <= len(refused) <= 7  # the engine may take two off the queue while they arrive
+        # Three may wait; the engine takes two more as soon as it comes to it.
+        assert 7 <= len(refused) <= 9
         for error in refused:
             assert isinstance(error, ResourceExhaustedError)
             assert error.reason == "QUEUE_FULL" and (error.retry_after_s or 0) > 0
@@ -501,8 +501,6 @@ def test_good_company_is_not_disturbed(channel: grpc.Channel, model: Model) -> N
 
 
 def test_nothing_was_internal(server: ServerProcess, metric: Callable[[str], float]) -> None:
-    from urllib.request import urlopen
-
     with urlopen(server.metrics_url, timeout=10) as page:
         text = page.read().decode()
     assert 'code="INTERNAL"' not in text and 'code="UNKNOWN"' not in text

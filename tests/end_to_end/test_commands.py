@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from glasshouse.client import Model
+from glasshouse.client import Model, add_vector
 from glasshouse.tour.server_process import ServerProcess
 
 from .conftest import HOOK_POINT, PROMPT
@@ -53,8 +53,6 @@ def test_text_streams_to_standard_output(command: Any, model: Model) -> None:
 
 
 def test_steering_from_a_file(command: Any, model: Model, vectors: np.ndarray, tmp_path: Path) -> None:
-    from glasshouse.client import add_vector
-
     file = tmp_path / "direction.npy"
     np.save(file, vectors[5])
     done = command(
@@ -91,8 +89,11 @@ def test_scores(command: Any, model: Model) -> None:
     np.testing.assert_allclose(found["logprobs"][1:], model.score(PROMPT).logprobs[1:], atol=1e-5)
 
 
-def test_a_refusal_has_its_remedy_and_status_1(command: Any) -> None:
-    done = command("activations", PROMPT, "--hook-point", "blocks.3.hook_resid_pots", status=1)
+def test_a_refusal_has_its_remedy_and_status_1(command: Any, tmp_path: Path) -> None:
+    out = str(tmp_path / "acts.npz")
+    done = command(
+        "activations", PROMPT, "--hook-point", "blocks.3.hook_resid_pots", "--output", out, status=1
+    )
     assert HOOK_POINT in done.stderr and "remedy" in done.stderr
     assert "Traceback" not in done.stderr
 

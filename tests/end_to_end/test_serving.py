@@ -24,7 +24,7 @@ from glasshouse.client import (
 )
 from glasshouse.tour.server_process import ServerProcess
 
-from .conftest import HOOK_POINT, PROMPT
+from .conftest import HOOK_POINT, PROMPT, until
 
 
 def test_the_start_line(server: ServerProcess) -> None:
@@ -191,8 +191,6 @@ def test_a_stop_string_is_never_shown(model: Model) -> None:
 
 
 def test_cancelling_by_leaving_the_block(model: Model, metric: Callable[[str], float]) -> None:
-    from .conftest import until
-
     with model.generate(PROMPT, max_tokens=400, ignore_eos=True) as stream:
         next(stream)
     until(lambda: metric("glasshouse_active_requests") == 0, within_s=3)
