@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -89,7 +90,9 @@ def feature(
     if json:
         write_json(dataclasses.asdict(found))
     else:
-        write_table(["", ""], _lines(found))
+        write_table(["", ""], _facts(found))
+        columns = ["promotes", "logit", "suppresses", "logit", "nearest", "cosine"]
+        write_table(columns, _relations(found))
 
 
 def evaluate_dictionary(
@@ -135,28 +138,35 @@ def promotes(info: FeatureInfo, n: int = 5) -> str:
         return info.label
     if info.promoted is None:
         return ""
-    return " ".join(repr(token) for token in info.promoted.tokens[:n])
+    return " ".join(token.strip() or repr(token) for token in info.promoted.tokens[:n])
 
 
-def _lines(info: FeatureInfo) -> list[tuple[str, str]]:
-    density = "" if info.density is None else f"{info.density:.4%}"
-    nearest = "  ".join(f"{near.index} ({near.cosine:.2f})" for near in info.nearest)
+def _facts(info: FeatureInfo) -> list[tuple[str, str]]:
+    density = "" if info.density is None else f"{info.density:.3%}"
     rows = [
         ("feature", str(info.index)),
         ("label", info.label),
         ("decoder norm", f"{info.decoder_norm:.4g}"),
         ("density", density),
-        ("promotes", _effects(info.promoted)),
-        ("suppresses", _effects(info.suppressed)),
-        ("nearest", nearest),
     ]
     return [row for row in rows if row[1]]
 
 
-def _effects(effects: LogitEffects | None) -> str:
+def _relations(info: FeatureInfo) -> list[tuple[str, ...]]:
+    """A row for each rank: a token promoted and one suppressed, with their logits, and a near feature."""
+    columns = [
+        *_effects(info.promoted),
+        *_effects(info.suppressed),
+        [str(near.index) for near in info.nearest],
+        [f"{near.cosine:.3f}" for near in info.nearest],
+    ]
+    return list(zip_longest(*columns, fillvalue=""))
+
+
+def _effects(effects: LogitEffects | None) -> list[list[str]]:
     if effects is None:
-        return ""
-    return "  ".join(f"{token!r} {logit:+.2f}" for token, logit in zip(effects.tokens, effects.logits))
+        return [[], []]
+    return [[repr(token) for token in effects.tokens], [f"{logit:+.3f}" for logit in effects.logits]]
 
 
 @contextmanager

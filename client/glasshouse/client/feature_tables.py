@@ -46,8 +46,7 @@ class FeatureTable:
 
     def __str__(self) -> str:
         shown = [[str(row.position), _shown(row.token)] for row in self.rows]
-        id_width = max((len(str(i)) for row in self.rows for i, _ in row.features), default=1)
-        number_width = max((len(_number(v)) for row in self.rows for _, v in row.features), default=1)
+        id_width, number_width = self._widths()
         widths = [max([len(title), *(len(cells[n]) for cells in shown)]) for n, title in enumerate(_TITLES)]
         lines = [f"{_TITLES[0]:>{widths[0]}}  {_TITLES[1]:<{widths[1]}}  {_heading(self)}"]
         for cells, row in zip(shown, self.rows):
@@ -57,6 +56,14 @@ class FeatureTable:
             )
             lines.append(f"{cells[0]:>{widths[0]}}  {cells[1]:<{widths[1]}}  {features}".rstrip())
         return "\n".join(lines)
+
+    def _widths(self) -> tuple[int, int]:
+        """Of the widest feature id, and of the widest activation."""
+        entries = [entry for row in self.rows for entry in row.features]
+        return (
+            max((len(str(i)) for i, _ in entries), default=1),
+            max((len(_number(value)) for _, value in entries), default=1),
+        )
 
     def __rich__(self) -> Table:
         from rich import box
@@ -77,11 +84,12 @@ class FeatureTable:
         n_columns = max((len(row.features) for row in self.rows), default=0)
         for n in range(n_columns):
             table.add_column(_ordinal(n + 1), no_wrap=True)
-        id_width = max((len(str(i)) for row in self.rows for i, _ in row.features), default=1)
+        id_width, number_width = self._widths()
         for row in self.rows:
             cells = [
                 Text.assemble(
-                    (f"{i:>{id_width}} ", "cyan"), (f" {_number(value)} ", tint(value, self.largest))
+                    (f"{i:>{id_width}} ", "cyan"),
+                    (f" {_number(value):>{number_width}} ", tint(value, self.largest)),
                 )
                 for i, value in row.features
             ]
@@ -96,6 +104,9 @@ TINTS: Final[list[tuple[int, int, int]]] = [
 ]  # fmt: skip
 """From faint to strong, on a dark or a light terminal alike: each comes with a text colour of its own."""
 
+_INK_ON_STRONG: Final = "rgb(20,12,0)"
+_INK_ON_FAINT: Final = "rgb(255,244,226)"
+
 
 def tint(value: float, largest: float) -> str:
     """A rich style whose background says how large `value` is beside `largest`; none for 0."""
@@ -103,7 +114,7 @@ def tint(value: float, largest: float) -> str:
         return "dim"
     level = min(int(abs(value) / largest * len(TINTS)), len(TINTS) - 1)
     red, green, blue = TINTS[level]
-    return f"{'black' if level >= 3 else 'bright_white'} on rgb({red},{green},{blue})"
+    return f"{_INK_ON_STRONG if level >= 3 else _INK_ON_FAINT} on rgb({red},{green},{blue})"
 
 
 def _heading(table: FeatureTable) -> str:
