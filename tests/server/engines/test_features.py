@@ -47,7 +47,7 @@ class Random:
         generator = torch.Generator().manual_seed(seed)
         W_enc = torch.randn(d_in, N_FEATURES, generator=generator) / d_in**0.5
         b_enc = torch.randn(N_FEATURES, generator=generator) * 0.1
-        W_dec = torch.randn(N_FEATURES, d_out, generator=generator) / d_out**0.5
+        W_dec = 6 * torch.randn(N_FEATURES, d_out, generator=generator) / d_out**0.5
         return Random(W_enc, b_enc, W_dec)
 
     def h(self, x: Tensor) -> Tensor:
