@@ -15,7 +15,13 @@ SURFACE = {
     "generate": CONNECTION
     | EDITS
     | {"PROMPT", "--model", "--max-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop"}
-    | {"--ignore-eos", "--read", "--lens", "--logprobs"},
+    | {"--ignore-eos", "--read", "--lens", "--logprobs"}
+    | {"--set-feature", "--scale-feature", "--read-features"},
+    "dictionaries": CONNECTION | {"--model"},
+    "features": CONNECTION
+    | {"TEXT", "--model", "--dictionary", "--top-k", "--feature", "--html", "--positions"},
+    "feature": CONNECTION | {"NAME", "INDEX", "--model", "--tokens", "--nearest"},
+    "evaluate-dictionary": CONNECTION | {"NAME", "--model", "--file", "--max-tokens"},
     "activations": CONNECTION
     | {"[TEXT]...", "--model", "--file", "--hook-point", "--output", "-o", "--positions", "--dtype"},
     "score": CONNECTION | EDITS | {"TEXT", "--model", "--top-k"},

@@ -15,10 +15,18 @@ from glasshouse.fable.corpus.labelled import read_labelled
 from glasshouse.fable.corpus.mixture import validation_documents
 from glasshouse.fable.evaluation import held_out_loss
 from glasshouse.fable.gates import all_gates, padded
-from glasshouse.fable.mood_flip import flip_stories, measure_flip, mood_direction, resid_post, steered
+from glasshouse.fable.mood_flip import (
+    BAR_FLIPPED,
+    BAR_LOSS_RISE,
+    flip_stories,
+    measure_flip,
+    mood_direction,
+    resid_post,
+    steered,
+)
 from glasshouse.fable.tokenizer import load_tokenizer, single_token_words
 
-FLIP_LAYER, FLIP_COEFFICIENT = 3, 1.5
+FLIP_LAYER, FLIP_COEFFICIENT = 3, 3.0
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +89,7 @@ def test_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_every_gate_holds_on_a_sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    missed = {gate.name: gate.value for gate in all_gates(model, tokenizer, 200, seed=1) if gate.value < 0.93}
+    missed = {gate.name: gate.value for gate in all_gates(model, tokenizer, 200, seed=1) if not gate.holds}
     assert missed == {}
 
 
@@ -93,8 +101,8 @@ def test_adding_the_mood_direction_flips_endings(
     result = measure_flip(
         model, tokenizer, flip_stories("validation", 30, 5), FLIP_LAYER, direction, FLIP_COEFFICIENT
     )
-    assert result.flipped >= 0.75
-    assert result.loss_rise < 1.0
+    assert result.flipped >= BAR_FLIPPED
+    assert result.loss_rise < BAR_LOSS_RISE
 
 
 def test_steering_adds_the_vector_where_asked_and_leaves_no_hook(
@@ -114,7 +122,7 @@ def test_the_held_out_loss_is_that_of_a_trained_model(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     texts = validation_documents(0, 40, None)
-    assert held_out_loss(model, tokenizer, texts["stories"])["nats_per_token"] < 1.9
+    assert held_out_loss(model, tokenizer, texts["stories"])["nats_per_token"] < 0.9
 
 
 def test_the_runtime_part_imports_neither_torch_nor_transformers() -> None:

@@ -23,29 +23,33 @@ def take(screen: Screen) -> None:
     begun = time.perf_counter()
     screen.stage("A server with its embedded model, fable")
     screen.code("glasshouse serve " + " ".join(COMMAND))
-    with ServerProcess(*COMMAND) as server, Client(server.target) as client:
-        client.wait_ready()
-        screen.say(server.start_line)
-        model = client.model()
-        info = model.info
-        screen.note(
-            f"Ready after {server.startup_seconds:.1f} s: {info.family}, {info.n_layers} layers, d_model "
-            f"{info.d_model}, vocabulary {info.vocab_size}, context {info.context_length}, {info.dtype} on {info.device}."
-        )
-        guide = Guide(screen=screen, server=server, client=client, model=model)
-        reading.list_hook_points(guide)
-        reading.read_activations(guide)
-        reading.read_lens(guide)
-        writing.generate(guide)
-        direction = mood.compute_direction(guide)
-        mood.steer_both_ways(guide, direction)
-        crowd.stream_together(guide, direction)
-        refusals.show_a_mistake(guide)
-        page.show_metrics(guide)
+    with ServerProcess(*COMMAND) as server:
+        with Client(server.target) as client:
+            client.wait_ready()
+            screen.say(server.start_line)
+            guide = Guide(screen=screen, server=server, client=client, model=client.model())
+            _introduce(guide)
+            reading.list_hook_points(guide)
+            reading.read_activations(guide)
+            reading.read_lens(guide)
+            writing.generate(guide)
+            direction = mood.compute_direction(guide)
+            mood.steer_both_ways(guide, direction)
+            crowd.stream_together(guide, direction)
+            refusals.show_a_mistake(guide)
+            page.show_metrics(guide)
         screen.stage("The end")
         seconds = server.stop()
         screen.note(f"SIGTERM; the server drained and ended with status 0 after {seconds:.1f} s.")
     screen.say(f"The tour took {time.perf_counter() - begun:.0f} s.", style="bold")
+
+
+def _introduce(guide: Guide) -> None:
+    info = guide.model.info
+    guide.screen.note(
+        f"Ready after {guide.server.startup_seconds:.1f} s: {info.family}, {info.n_layers} layers, "
+        f"d_model {info.d_model}, vocabulary {info.vocab_size}, context {info.context_length}, {info.dtype}."
+    )
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from glasshouse.client import Intervention, add_vector, positions
 from glasshouse.tour.guide import Guide, expect
 from glasshouse.tour.mood_words import WORDS, mood_of
 
-COEFFICIENT = 2.5
+COEFFICIENT = 3.0
 N_STORIES = 24
 N_SHOWN = 2
 MAX_TOKENS = 32
@@ -83,7 +83,7 @@ def steer_both_ways(guide: Guide, direction: Direction) -> None:
     screen = guide.screen
     screen.stage("Steering: the same stories, pushed either way")
     screen.code(
-        f"model.generate(story, ..., interventions=[add_vector({direction.hook_point!r}, direction, ±{COEFFICIENT})])"
+        f"model.generate(story, ..., interventions=[add_vector({direction.hook_point!r}, direction, ±{COEFFICIENT:g})])"
     )
     stories = _stories()
     n_each = len(stories) // 2
@@ -93,7 +93,7 @@ def steer_both_ways(guide: Guide, direction: Direction) -> None:
     )
     shown = [*range(N_SHOWN), *range(n_each, n_each + N_SHOWN)]
     screen.table(
-        ["the story so far", "as it is", f"+ {COEFFICIENT} x direction", f"- {COEFFICIENT} x direction"],
+        ["the story so far", "as it is", f"+ {COEFFICIENT:g} x direction", f"- {COEFFICIENT:g} x direction"],
         [
             (_tail(prompts[i]), *(_coloured(endings[i]) for endings in (plain, happier, sadder)))
             for i in shown

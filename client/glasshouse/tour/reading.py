@@ -9,7 +9,7 @@ from glasshouse.client import read_logit_lens
 from glasshouse.tour.guide import Guide, expect
 
 SENTENCE = "The little dog lost his ball."
-QUESTION = "The capital of France is"
+QUESTION = "The capital of France is called"
 ANSWER = "Paris"
 
 

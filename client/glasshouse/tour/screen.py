@@ -64,7 +64,7 @@ class Screen:
         """Prints, without the spaces that fill lines up."""
         with self.console.capture() as captured:
             self.console.print(renderable)
-        for line in captured.get().splitlines():
+        for line in captured.get().rstrip().splitlines():
             self.console.file.write(line.rstrip() + "\n")
         self.console.file.flush()
 

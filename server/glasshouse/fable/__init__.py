@@ -1,4 +1,4 @@
-"""fable: the small model the package carries, and the labelled sets made by its corpus generator."""
+"""fable: the small model the package carries, its dictionaries, and the labelled sets of its corpus generator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["labelled", "labelled_names", "model_path"]
+__all__ = ["dictionary_names", "dictionary_path", "labelled", "labelled_names", "model_path"]
 
 
 def _folder() -> Path:
@@ -17,6 +17,19 @@ def _folder() -> Path:
 def model_path() -> Path:
     """The Hugging Face folder of the packaged weights."""
     return _folder() / "weights"
+
+
+def dictionary_names() -> list[str]:
+    """The packaged dictionaries there are."""
+    folder = _folder() / "dictionaries" / "weights"
+    return sorted(path.parent.name for path in folder.glob("*/dictionary.json"))
+
+
+def dictionary_path(name: str) -> Path:
+    """The folder of a packaged dictionary, in the server's own format."""
+    if name not in dictionary_names():
+        raise KeyError(f"no dictionary {name!r}; there are {', '.join(dictionary_names())}")
+    return _folder() / "dictionaries" / "weights" / name
 
 
 def labelled_names() -> list[str]:

@@ -92,7 +92,7 @@ def mood_flip(
 ) -> tuple[FlipResult, list[FlipResult]]:
     """The measured result at the chosen layer and coefficient, and the sweep that chose them."""
     records = [record for record in read_labelled("mood") if record["split"] == "train"]
-    layers, coefficients = ((2, 3), (1.0, 2.0)) if quick else ((1, 2, 3, 4), (0.5, 0.75, 1.0, 1.5, 2.0, 3.0))
+    layers, coefficients = ((2, 3), (2.0, 3.0)) if quick else ((1, 2, 3, 4), (1.0, 2.0, 2.5, 3.0, 3.5))
     swept = sweep(model, tokenizer, records, layers, coefficients, 20 if quick else 60, seed)
     chosen = best(swept)
     direction = mood_direction(model, tokenizer, records, chosen.layer)

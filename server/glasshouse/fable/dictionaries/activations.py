@@ -11,7 +11,6 @@ The folder's name holds a fingerprint of the weights: other weights have other a
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 import time
@@ -93,7 +92,7 @@ class ActivationStore:
 
     def shard(self, index: int, hook_point: str) -> np.ndarray:
         """(SHARD_TOKENS, width) float16, mapped."""
-        mapped: np.ndarray = np.load(self.folder / f"shard-{index:03}" / f"{hook_point}.npy", mmap_mode="r")
+        mapped: np.ndarray = np.load(_shard_folder(self.folder, index) / f"{hook_point}.npy", mmap_mode="r")
         return mapped
 
     def batch(self, step: int, batch_size: int, hook_points: Sequence[str]) -> Tensor:
@@ -106,6 +105,10 @@ class ActivationStore:
 
     def _rows_of(self, hook_point: str) -> int:
         return int(self.shard(0, hook_point).shape[0])
+
+
+def _shard_folder(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:03}"
 
 
 def write_shard(folder: Path, activations: dict[str, Tensor]) -> None:
@@ -127,16 +130,13 @@ def prepare(
 ) -> ActivationStore:
     """The store of at least `n_tokens` positions.
 
-    Shards that exist are kept, so an interrupted harvest goes on. Processes that harvest together start at
-    different shards and make at most their last one twice.
+    Shards that exist are kept, so an interrupted harvest goes on. The next shard is drawn among those missing:
+    processes that harvest together rarely make the same one, and where they do the first to finish wins.
     """
     n_shards = max(1, -(-n_tokens // SHARD_TOKENS))
     table = HookTable(loaded)
-    first = os.getpid() % n_shards
-    for index in (*range(first, n_shards), *range(first)):
-        target = folder / f"shard-{index:03}"
-        if target.exists():
-            continue
+    while missing := [index for index in range(n_shards) if not _shard_folder(folder, index).exists()]:
+        index = random.choice(missing)
         started = time.monotonic()
         n_chars = int(SHARD_TOKENS * _CHARS_PER_TOKEN)
         texts = [text for _, text in documents(FIRST_SEED + index, n_chars, corpora)]
@@ -145,7 +145,11 @@ def prepare(
         if n_found < SHARD_TOKENS:
             raise AssertionError(f"shard {index} has {n_found} positions, fewer than {SHARD_TOKENS}")
         order = torch.randperm(n_found, generator=torch.Generator().manual_seed(index))[:SHARD_TOKENS]
-        write_shard(target, {point: values[order] for point, values in activations.items()})
+        write_shard(
+            _shard_folder(folder, index), {point: values[order] for point, values in activations.items()}
+        )
         speed = n_found / (time.monotonic() - started)
-        print(f"shard {index} of {n_shards}: {n_found} positions, {speed:.0f} a second", flush=True)
+        print(
+            f"shard {index}, {len(missing) - 1} to go: {n_found} positions, {speed:.0f} a second", flush=True
+        )
     return ActivationStore(folder=folder, n_shards=n_shards)

@@ -43,6 +43,15 @@ The model's own loss on these tokens: {clean:.4f} nats.
 ## By layer
 
 {by_layer}
+
+## Features of known latents
+
+The one feature, of all SAEs and the crosscoder, whose activation best separates a label of the generator from
+the others: chosen on the train split of the labelled set, area under the ROC curve on its test split.
+
+| Latent | Label | Dictionary | Feature | Area under the curve |
+|---|---|---|---|---|
+{latents}
 """
 
 
@@ -78,8 +87,15 @@ def _layers(measured: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write_card(path: Path, measured: Sequence[Mapping[str, Any]], *, with_collections: bool) -> None:
-    """Writes the card of these measurements (`evaluation.Measurement` as mappings, with `gates_hold`)."""
+def _latent(found: Mapping[str, Any]) -> str:
+    return "| {latent} | {label} | `{dictionary}` | {feature} | {auc:.3f} |".format(**found)
+
+
+def write_card(
+    path: Path, report: Mapping[str, Sequence[Mapping[str, Any]]], *, with_collections: bool
+) -> None:
+    """Writes the card of `dictionaries` (`evaluation.Measurement` as mappings, with `gates_hold`) and `latents`."""
+    measured = report["dictionaries"]
     text = "the generator's validation split"
     if with_collections:
         text += ", and the unseen ends of the two collections, in the shares of the training corpus"
@@ -91,5 +107,6 @@ def write_card(path: Path, measured: Sequence[Mapping[str, Any]], *, with_collec
         clean=measured[0]["loss_clean"],
         rows="\n".join(map(_row, measured)),
         by_layer="\n".join(line for entry in several for line in _layers(entry)),
+        latents="\n".join(map(_latent, report["latents"])),
     )
     path.write_text(filled, encoding="utf-8")

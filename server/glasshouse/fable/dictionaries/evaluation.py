@@ -6,7 +6,8 @@
 3. `fit` measures L0, dead features and explained variance on `--positions` positions, `splicing` the loss
    recovered on the first `--loss-positions` of them.
 4. Every gate is printed with its value, bar and whether it holds; `--write` puts `measurements.json` and
-   `CARD.md` beside the dictionaries. Exit status 1 where a gate is missed.
+   `CARD.md` beside the dictionaries, with the features that know the generator's latents (`latents`). Exit
+   status 1 where a gate is missed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from glasshouse.fable.corpus.mixture import SHARES, validation_documents
 from glasshouse.fable.dictionaries.activations import encode, harvest
 from glasshouse.fable.dictionaries.card import write_card
 from glasshouse.fable.dictionaries.fit import Fit, select
+from glasshouse.fable.dictionaries.latents import find_latent_features
 from glasshouse.fable.dictionaries.splicing import Losses, LossMeter
 from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.dictionaries.formats.glasshouse import read_card
@@ -201,10 +203,16 @@ def main() -> None:
     loaded = load_model(args.model, dtype="float32", device="cpu")
     rows = encode(loaded, held_out_texts(args.corpora, args.positions, args.seed))
     paths = [args.dictionaries / name for name in names]
-    measurements = measure(HookTable(loaded), paths, rows, args.loss_positions)
+    table = HookTable(loaded)
+    measurements = measure(table, paths, rows, args.loss_positions)
     all_hold = print_gates(measurements)
     if args.write:
-        report = [asdict(m) | {"gates_hold": all(gate.holds for gate in m.gates)} for m in measurements]
+        streams = [open_dictionary(path.name, path) for path in paths]
+        streams = [dictionary for dictionary in streams if dictionary.facts.kind in ("sae", "crosscoder")]
+        report = {
+            "dictionaries": [asdict(m) | {"gates_hold": all(g.holds for g in m.gates)} for m in measurements],
+            "latents": [asdict(found) for found in find_latent_features(table, streams)],
+        }
         text = json.dumps(report, indent=1) + "\n"
         (args.dictionaries / "measurements.json").write_text(text, encoding="utf-8")
         write_card(args.dictionaries / "CARD.md", report, with_collections=args.corpora is not None)

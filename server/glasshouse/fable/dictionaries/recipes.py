@@ -95,6 +95,8 @@ RECIPES: tuple[DictionaryRecipe, ...] = (
             architecture="batchtopk",
             hook_points_in=(_MLP_INPUTS[layer],),
             hook_points_out=(_MLP_OUTPUTS[layer],),
+            d_sae=1536,
+            target_l0=36.0,
         )
         for layer in range(N_LAYERS)
     ),

@@ -29,7 +29,7 @@ from glasshouse.fable.dictionaries.recipes import DictionaryRecipe
 
 BANDWIDTH = 0.5
 _INITIAL_THRESHOLD = 0.5
-_THRESHOLD_MEMORY = 0.99
+_THRESHOLD_MEMORY = 0.95
 
 
 class Sparse(NamedTuple):
