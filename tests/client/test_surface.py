@@ -11,7 +11,8 @@ from glasshouse.client import testing
 
 CONTRACT = {
     "Client", "AsyncClient", "add_vector", "ablate_direction", "replace", "read_activations",
-    "read_logit_lens", "set_feature", "scale_feature", "read_features", "prompt", "generated", "last", "at", "span", "GlasshouseError",
+    "read_logit_lens", "set_feature", "scale_feature", "read_features",
+    "prompt", "generated", "last", "at", "span", "GlasshouseError",
     "InvalidArgumentError", "NotFoundError",
     "FailedPreconditionError", "ResourceExhaustedError", "UnauthenticatedError", "PermissionDeniedError",
     "UnavailableError", "DeadlineExceededError", "CancelledError",

@@ -110,7 +110,9 @@ class FeatureRows:
         rows = {
             position: mine[position].joined(theirs[position])
             if position in mine and position in theirs
-            else mine.get(position) or theirs[position]
+            else mine[position]
+            if position in mine
+            else theirs[position]
             for position in sorted({*mine, *theirs})
         }
         return rows_of(rows)

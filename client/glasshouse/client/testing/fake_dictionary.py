@@ -31,8 +31,9 @@ class FakeDictionary:
 
     def encode(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n, d_sae) features of (n, width) activations."""
-        features: NDArray[np.float32] = np.maximum(x.astype(np.float32) @ self.W_enc - np.float32(0.5), 0)
-        return features
+        # In float64, so that the same row gives the same bits whatever is beside it.
+        before = x.astype(np.float64) @ self.W_enc.astype(np.float64) - 0.5
+        return np.maximum(before, 0).astype(np.float32)
 
     def decode(self, features: NDArray[np.float32], bias: bool) -> NDArray[np.float32]:
         """(n, width) from (n, d_sae)."""
