@@ -142,8 +142,7 @@ def prepare(
         texts = [text for _, text in documents(FIRST_SEED + index, n_chars, corpora)]
         activations = harvest(table, encode(loaded, texts), hook_points)
         n_found = next(iter(activations.values())).shape[0]
-        if n_found < SHARD_TOKENS:
-            raise AssertionError(f"shard {index} has {n_found} positions, fewer than {SHARD_TOKENS}")
+        assert n_found >= SHARD_TOKENS, f"shard {index} has {n_found} positions, fewer than {SHARD_TOKENS}"
         order = torch.randperm(n_found, generator=torch.Generator().manual_seed(index))[:SHARD_TOKENS]
         write_shard(
             _shard_folder(folder, index), {point: values[order] for point, values in activations.items()}
