@@ -46,6 +46,7 @@ def test_one_position() -> None:
     assert (here.get(3), here.get(4), here.get(4, -1)) == (4.0, 0.0, -1)
     assert list(here.joined(at((3, 8.0), (2, 1.0)))) == [*here, (2, 1.0)]
     assert repr(at((5, 2.0))) == "FeatureActivations(5: 2)"
+    assert repr(at(*((i, 1.0) for i in range(10)))).endswith("7: 1, and 2 more)")
 
 
 def test_several_positions(rows: FeatureRows) -> None:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import islice
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from glasshouse.client.feature_tables import FeatureTable, FeatureTableRow
+
+_SHOWN: Final = 8
+"""Entries that a repr shows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -32,7 +36,9 @@ class FeatureActivations:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        return "FeatureActivations(" + ", ".join(f"{i}: {value:.4g}" for i, value in self) + ")"
+        shown = [f"{i}: {value:.4g}" for i, value in islice(self, _SHOWN)]
+        rest = [f"and {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
+        return f"FeatureActivations({', '.join(shown + rest)})"
 
     def get(self, feature: int, default: float = 0.0) -> float:
         """The activation of one feature; `default` where it is not among these."""
