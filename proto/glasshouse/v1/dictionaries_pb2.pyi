@@ -1007,7 +1007,8 @@ class EvaluateDictionaryResponse(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """By name: l0, l1, mse, explained_variance, explained_variance_legacy, cossim, l2_ratio,
-        relative_reconstruction_bias, ce_loss_score, ce_clean, ce_spliced, ce_zero, kl, kl_score, fvu, dead_fraction.
+        relative_reconstruction_bias, ce_loss_score, ce_clean, ce_spliced, ce_zero, kl, kl_zero, kl_score, fvu,
+        n_dead, dead_fraction (over the tokens measured).
         """
 
     @_builtins.property
