@@ -65,7 +65,9 @@ def _compile(destination: Path, protos: list[str], longrunning: Path) -> list[Pa
 def main() -> None:
     """Generates in place, or with --check compares."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with the committed stubs, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the committed stubs, write nothing"
+    )
     if not parser.parse_args().check:
         generate(ROOT)
         return
