@@ -62,7 +62,8 @@ class LabelledActivations:
             return self.labels[:, None]
         if self.task is Task.MULTI_LABEL:
             return self.labels
-        return (self.labels[:, None] == np.arange(len(self.label_names))).astype(np.int64)
+        one_hot: IntRows = (self.labels[:, None] == np.arange(len(self.label_names))).astype(np.int64)
+        return one_hot
 
     def rows(self, *hook_points: str) -> FloatRows:
         """(N, sum of widths) float64: the activations of `hook_points` side by side, in that order."""
@@ -117,13 +118,14 @@ class LabelledActivations:
                 value=self.labels.shape,
                 remedy="give one class index an example, or a row of 0 and 1 for several labels",
             )
-        if len(set(self.label_names)) != n_names or (self.task is Task.BINARY and n_names != 2):
+        fits = {Task.BINARY: n_names == 2, Task.MULTI_CLASS: n_names > 2, Task.MULTI_LABEL: n_names > 0}
+        if len(set(self.label_names)) != n_names or not fits[self.task]:
             raise InvalidArgument(
                 f"{n_names} label names ({', '.join(self.label_names[:5])}) do not make a {self.task.value} task",
                 reason=reasons.VALUE_MALFORMED,
                 field=f"{field}_names",
                 value=n_names,
-                remedy="a binary task has two names, negative first; no name may appear twice",
+                remedy="a binary task has two names, negative first, several classes three or more; each once",
             )
         top = 1 if self.task is Task.MULTI_LABEL else n_names - 1
         wrong = (self.labels < 0) | (self.labels > top)
