@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.server.hooks.conftest import ARCHITECTURES, build_model
 from torch import Tensor
 
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.loading import wrap_model
-from tests.server.hooks.conftest import ARCHITECTURES, build_model
 
 N_TOKENS = 7
 

@@ -70,7 +70,7 @@ def test_frozen_parts_carry_no_gradient(various: GradientModel, clean: Tensor) -
     run = various.forward(clean, read=[final], differentiate=[stream], freeze=freeze)
     step = torch.randn(various.loaded.d_model, generator=torch.Generator().manual_seed(0))
     direction = torch.randn(various.loaded.d_model, generator=torch.Generator().manual_seed(1))
-    gradient = run.gradients((run.readings[final][0, -1] @ direction))[stream][0, -1]
+    gradient = run.gradients(run.readings[final][0, -1] @ direction)[stream][0, -1]
     moved = various.forward(clean, read=[final], edits={stream: [lambda x: x.add_(step)]}, freeze=freeze)
     change = (moved.readings[final] - run.readings[final].detach())[0, -1] @ direction
     torch.testing.assert_close(change, gradient @ step, rtol=1e-4, atol=1e-4)
