@@ -35,11 +35,18 @@ from .engine import Engine
 # How the loaders name the hook points of a crosscoder over several models: `model[0]:...`.
 _OF_SEVERAL_MODELS = "model["
 
+# A load is measured on at least so many positions, and on no more than take this many products.
+_FEWEST_POSITIONS = 64
+_MOST_PRODUCTS = 100_000_000_000
+
 _log = structlog.get_logger(__name__)
 
 
-async def load(engine: Engine, table: HookTable, name: str, path: str) -> list[HeldDictionary]:
-    """Loads what lies at `path` as `name` (a set: `name`/part each) into the engine's store.
+async def load(
+    engine: Engine, table: HookTable, name: str, path: str, sample: Sample | None = None
+) -> list[HeldDictionary]:
+    """Loads what lies at `path` as `name` (a set: `name`/part each) into the engine's store. Loads that follow one another
+    may share a `sample`.
 
     Raises:
         InvalidArgument: a malformed name.
@@ -48,12 +55,13 @@ async def load(engine: Engine, table: HookTable, name: str, path: str) -> list[H
         ResourceExhausted: over the budget.
     """
     store = engine.dictionaries
+    sample = sample or Sample(engine)
     store.reserve(name, await asyncio.to_thread(estimate_bytes, path))
     try:
         opened = await asyncio.to_thread(open_dictionaries, name, path)
         held = []
         for dictionary in opened:
-            held.append(await _fit(engine, table, dictionary, path, len(opened)))
+            held.append(await _fit(sample, table, dictionary, path, len(opened)))
     finally:
         store.release(name)
     for item in held:
@@ -62,7 +70,7 @@ async def load(engine: Engine, table: HookTable, name: str, path: str) -> list[H
 
 
 async def _fit(
-    engine: Engine, table: HookTable, dictionary: Dictionary, path: str, n_parts: int
+    sample: Sample, table: HookTable, dictionary: Dictionary, path: str, n_parts: int
 ) -> HeldDictionary:
     facts = dictionary.facts
     size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
@@ -87,10 +95,10 @@ async def _fit(
             value=path,
             remedy="load an undamaged file",
         )
-    device = engine.info.device
+    device = sample.engine.info.device
     if device != "cpu":
         dictionary = await asyncio.to_thread(dictionary.to, device)
-    check = await measure(engine, dictionary, points_in, points_out)
+    check = await measure(sample, dictionary, points_in, points_out)
     if check.warning:
         _log.warning(
             "dictionary_looks_wrong", dictionary=facts.name, l0=check.l0, fvu=check.fvu, why=check.warning
@@ -143,36 +151,50 @@ def _points(
     return tuple(points)
 
 
-async def activations(
-    engine: Engine, inputs: Sequence[tuple[int, ...]], points: Sequence[HookPoint]
-) -> list[tuple[Array, ...]]:
-    """The activations of each point over each input, special tokens left out, in order of the inputs."""
-    request = ExtractionRequest(
-        inputs=tuple(inputs),
-        hook_points=tuple(point.name for point in points),
-        positions=Selector(named=NamedPositions.ALL, exclude_special=True),
-    )
-    found: dict[int, tuple[Array, ...]] = {}
-    async with aclosing(engine.extract(request)) as results:
-        async for done in results:
-            found[done.index] = done.activations
-    return [found[index] for index in range(len(inputs))]
+class Sample:
+    """The activations of built-in text, captured once at each hook point that is asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._captured: dict[str, torch.Tensor] = {}
+
+    async def at(self, points: Sequence[HookPoint]) -> list[torch.Tensor]:
+        """(N, width) float32 of each point, special tokens left out."""
+        missing = [point.name for point in points if point.name not in self._captured]
+        if missing:
+            await self._capture(list(dict.fromkeys(missing)))
+        return [self._captured[point.name] for point in points]
+
+    async def _capture(self, names: Sequence[str]) -> None:
+        engine = self.engine
+        request = ExtractionRequest(
+            inputs=tuple(
+                tuple(engine.codec.encode(passage))[: engine.info.context_length] for passage in PASSAGES
+            ),
+            hook_points=tuple(names),
+            positions=Selector(named=NamedPositions.ALL, exclude_special=True),
+        )
+        found: dict[int, tuple[Array, ...]] = {}
+        async with aclosing(engine.extract(request)) as results:
+            async for done in results:
+                found[done.index] = done.activations
+        for place, name in enumerate(names):
+            arrays = [found[index][place] for index in range(len(PASSAGES))]
+            self._captured[name] = torch.from_numpy(np.concatenate(arrays))
 
 
 async def measure(
-    engine: Engine, dictionary: Dictionary, points_in: Sequence[HookPoint], points_out: Sequence[HookPoint]
+    sample: Sample,
+    dictionary: Dictionary,
+    points_in: Sequence[HookPoint],
+    points_out: Sequence[HookPoint],
 ) -> DictionaryCheck:
-    """Runs a dictionary on built-in text."""
-    inputs = [tuple(engine.codec.encode(passage))[: engine.info.context_length] for passage in PASSAGES]
-    points = list(dict.fromkeys([*points_in, *points_out]))
-    captured = await activations(engine, inputs, points)
-    by_point = {
-        point.name: torch.from_numpy(np.concatenate([arrays[index] for arrays in captured]))
-        for index, point in enumerate(points)
-    }
-    x = stacked([by_point[point.name] for point in points_in])
-    y = stacked([by_point[point.name] for point in points_out])
-    return await asyncio.to_thread(_check, dictionary, x.to(engine.info.device), y.to(engine.info.device))
+    """Runs a dictionary on built-in text: on all of it, or on as much as a large one encodes in about a second."""
+    x, y = stacked(await sample.at(points_in)), stacked(await sample.at(points_out))
+    facts = dictionary.facts
+    most = max(_FEWEST_POSITIONS, _MOST_PRODUCTS // (facts.d_in * facts.d_sae))
+    device = sample.engine.info.device
+    return await asyncio.to_thread(_check, dictionary, x[:most].to(device), y[:most].to(device))
 
 
 def stacked(sites: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -171,8 +171,9 @@ class TransformersEngine(Engine):
         warm_up = GenerationRequest(prompt=(self._info.bos_token_id or 0,), max_tokens=2)
         async for _ in self.generate(warm_up):
             pass
+        sample = dictionaries.Sample(self)
         for name, path in self._preload.items():
-            await self.load_dictionary(name, path)
+            await dictionaries.load(self, self._table, name, path, sample)
 
     @torch.inference_mode()
     def token_contributions(self, directions: FloatArray) -> FloatArray:
