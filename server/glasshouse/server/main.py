@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         action="append",
         default=[],
-        help="serve a dictionary of features too",
+        help="serve a dictionary of features too; the embedded model comes with its own",
     )
     add(
         "--listen",
@@ -166,8 +166,15 @@ def engine_settings(settings: Settings) -> EngineSettings:
         threads=model.threads or None,
         limits=settings.limits,
         allow_remote_code=model.allow_remote_code,
-        dictionaries=settings.dictionaries,
+        dictionaries={**(_packaged() if model.model == EMBEDDED_MODEL else {}), **settings.dictionaries},
     )
+
+
+def _packaged() -> dict[str, str]:
+    """The dictionaries that the package carries for its embedded model, by name."""
+    from glasshouse import fable
+
+    return {name: str(fable.dictionary_path(name)) for name in fable.dictionary_names()}
 
 
 def _embedded() -> str:
