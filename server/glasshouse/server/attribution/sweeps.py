@@ -1,0 +1,173 @@
+"""Patch sweeps: one node at a time set to what it would have been, over a grid, batched.
+
+Activation patching (interchange intervention): I(n) = m(base | do(n <- other)) - m(base).
+
+1. One pass over the other input (or inputs) reads every hook point of the grid: the replacement values.
+   *interchange*: the other run's activation at the same position. Denoising is base = corrupt, other = clean;
+   noising the reverse. *zero*. *mean*: over all positions of all other inputs. *resample*: each node takes a
+   random one of the other inputs, seeded.
+2. Nodes become rows of a batch on copies of the base; each row is edited at its node alone.
+3. Results are yielded batch by batch, in the order of the grid.
+
+Causal mediation (https://arxiv.org/abs/2004.12265) reads off the same patches: total effect m(corrupt) - m(clean),
+indirect through the node m(clean | n <- corrupt) - m(clean), direct around it m(corrupt | n <- clean) - m(clean).
+
+Shapes: B batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from glasshouse.server.attribution.gradient_model import Edit, GradientModel
+from glasshouse.server.attribution.metrics import Metric
+from glasshouse.server.attribution.nodes import Node
+from glasshouse.server.attribution.progress import Progress, silent
+from glasshouse.server.types.errors import InvalidArgument
+from glasshouse.wire import reasons
+
+Replacement = Literal["interchange", "zero", "mean", "resample"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchResult:
+    """`effect` = value - the base's value."""
+
+    node: Node
+    value: float
+    effect: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mediation:
+    """Effects of changing the input from clean to corrupt. With no interaction total = direct + indirect."""
+
+    node: Node
+    total: float
+    direct: float
+    indirect: float
+
+
+def patch_sweep(
+    model: GradientModel,
+    base_T: Tensor,
+    nodes: Sequence[Node],
+    metric: Metric,
+    *,
+    replacement: Replacement = "interchange",
+    others: Tensor | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> Iterator[list[PatchResult]]:
+    """Patch every node of `nodes`, some at a time.
+
+    others: (T,) or (N, T) token ids, not needed for zero; as long as the base except for mean.
+    """
+    base = model.tokens(base_T)
+    values = _replacements(model, base, nodes, replacement, others)
+    choose = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        base_value = float(metric(model.forward(base, read=metric.reads))[0])
+    for first in range(0, len(nodes), batch_size):
+        some = nodes[first : first + batch_size]
+        row_values = [_choice(values[node.hook_point], choose) for node in some]
+        found = _patched(model, base, some, row_values, metric)
+        yield [
+            PatchResult(node=node, value=value, effect=value - base_value) for node, value in zip(some, found)
+        ]
+        progress(min(first + batch_size, len(nodes)), len(nodes))
+
+
+def mediate(
+    model: GradientModel,
+    clean_T: Tensor,
+    corrupt_T: Tensor,
+    nodes: Sequence[Node],
+    metric: Metric,
+    *,
+    batch_size: int = 32,
+) -> list[Mediation]:
+    """Total, direct and indirect effect of the change of input, through each node."""
+    clean, corrupt = model.tokens(clean_T), model.tokens(corrupt_T)
+    with torch.no_grad():
+        before, after = (float(metric(model.forward(t, read=metric.reads))[0]) for t in (clean, corrupt))
+    swept = [
+        [
+            result
+            for batch in patch_sweep(model, a, nodes, metric, others=b, batch_size=batch_size)
+            for result in batch
+        ]
+        for a, b in ((clean, corrupt), (corrupt, clean))
+    ]
+    return [
+        Mediation(node=noised.node, total=after - before, direct=held.value - before, indirect=noised.effect)
+        for noised, held in zip(*swept)
+    ]
+
+
+def patching(model: GradientModel, nodes: Sequence[Node], values: Sequence[Tensor]) -> dict[str, list[Edit]]:
+    """Edits that set, in row i of a batch, node i to its part of `values[i]`, (T, width) or (width,)."""
+    edits: dict[str, list[Edit]] = {}
+    for row, (node, value) in enumerate(zip(nodes, values)):
+        columns = node.columns(model.table.resolve(node.hook_point))
+        part = value[..., columns] if value.ndim == 1 else value[node.positions, columns]
+        edits.setdefault(node.hook_point, []).append(_set_part(row, node.positions, columns, part))
+    return edits
+
+
+def _set_part(row: int, positions: slice, columns: slice, part: Tensor) -> Edit:
+    def edit(live: Tensor) -> None:
+        live[row, positions, columns] = part
+
+    return edit
+
+
+@torch.no_grad()
+def _patched(
+    model: GradientModel, base: Tensor, nodes: Sequence[Node], values: Sequence[Tensor], metric: Metric
+) -> list[float]:
+    run = model.forward(base.expand(len(nodes), -1), read=metric.reads, edits=patching(model, nodes, values))
+    return [float(value) for value in metric(run)]
+
+
+@torch.no_grad()
+def _replacements(
+    model: GradientModel, base: Tensor, nodes: Sequence[Node], how: Replacement, others: Tensor | None
+) -> dict[str, Tensor]:
+    """Hook point -> (N, T, width), or (1, width) for one vector at every position."""
+    names = sorted({node.hook_point for node in nodes})
+    if how == "zero":
+        width = {name: model.table.resolve(name).width for name in names}
+        return {name: torch.zeros(1, width[name], device=base.device) for name in names}
+    if others is None:
+        raise InvalidArgument(
+            f"A {how} patch needs another input to take activations from.",
+            reason=reasons.FIELD_REQUIRED,
+            field="others",
+            remedy="Give the clean or corrupt input, or ablate with zeros.",
+        )
+    sources = model.tokens(others)
+    if how != "mean" and sources.shape[1] != base.shape[1]:
+        raise InvalidArgument(
+            f"The inputs have {base.shape[1]} and {sources.shape[1]} tokens; patches are position by position.",
+            reason=reasons.VALUE_OUT_OF_RANGE,
+            field="others",
+            value=sources.shape[1],
+            remedy="Use inputs of equal length, or a mean ablation.",
+        )
+    readings = model.forward(sources, read=names).readings
+    if how == "mean":
+        return {name: x.mean((0, 1))[None] for name, x in readings.items()}
+    return readings if how == "resample" else {name: x[:1] for name, x in readings.items()}
+
+
+def _choice(values: Tensor, generator: torch.Generator) -> Tensor:
+    if values.shape[0] == 1:
+        return values[0]
+    return values[int(torch.randint(values.shape[0], (), generator=generator))]
