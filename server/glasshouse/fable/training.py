@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -217,6 +218,9 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=Recipe.batch_size)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--continue-from", type=Path, metavar="OUT", help="start from another run's tokenizer and checkpoint"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument(
@@ -224,6 +228,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.continue_from is not None and not (args.out / "checkpoint.pt").exists():
+        shutil.copytree(args.continue_from / "corpus" / "tokenizer", args.out / "corpus" / "tokenizer")
+        shutil.copy(args.continue_from / "checkpoint.pt", args.out / "checkpoint.pt")
     corpus, tokenizer = prepare(args.out / "corpus", args.corpora, args.corpus_tokens, args.seed)
     steps = args.budget_tokens // (args.batch_size * CONTEXT_LENGTH)
     recipe = Recipe(batch_size=args.batch_size, total_steps=steps, seed=args.seed)

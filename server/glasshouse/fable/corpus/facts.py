@@ -181,7 +181,19 @@ def capital_item(rng: random.Random, split: Split) -> Item:
         frames = allowed_indices(CAPITAL_FRAMES, split, "capital", country)
         if frames:
             break
-    frame = CAPITAL_FRAMES[rng.choice(frames)]
+    return _capital(country, CAPITAL_FRAMES[rng.choice(frames)], rng)
+
+
+def all_capital_items(rng: random.Random, split: Split) -> list[Item]:
+    """Every (country, frame) pair of the split, once."""
+    return [
+        _capital(country, CAPITAL_FRAMES[index], rng)
+        for country in lexicon.CAPITALS
+        for index in allowed_indices(CAPITAL_FRAMES, split, "capital", country)
+    ]
+
+
+def _capital(country: str, frame: str, rng: random.Random) -> Item:
     prompt, tail = _filled(frame, {"x": country, **_people(rng)}, rng)
     answer = lexicon.CAPITALS[country]
     return Item(
@@ -209,7 +221,19 @@ def opposite_item(rng: random.Random, split: Split) -> Item:
         frames = allowed_indices(OPPOSITE_FRAMES, split, "opposite", word)
         if frames:
             break
-    frame = OPPOSITE_FRAMES[rng.choice(frames)]
+    return _opposite(word, OPPOSITE_FRAMES[rng.choice(frames)], rng)
+
+
+def all_opposite_items(rng: random.Random, split: Split) -> list[Item]:
+    """Every (word, frame) pair of the split, once."""
+    return [
+        _opposite(word, OPPOSITE_FRAMES[index], rng)
+        for word in lexicon.OPPOSITE_OF
+        for index in allowed_indices(OPPOSITE_FRAMES, split, "opposite", word)
+    ]
+
+
+def _opposite(word: str, frame: str, rng: random.Random) -> Item:
     prompt, tail = _filled(frame, {"x": word, **_people(rng)}, rng)
     alternatives = tuple(lexicon.OPPOSITE_OF)
     return Item(
