@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from glasshouse.client import AsyncModel, Intervention, add_vector
@@ -35,8 +35,8 @@ async def served(model: AsyncModel, stream: Stream) -> int:
     return n_tokens
 
 
-async def in_process(engine: Engine, stream: Stream) -> int:
-    """The tokens that the engine gave."""
+async def in_process(engine: Engine, stream: Stream, count: Callable[[int], None] = lambda n: None) -> int:
+    """The tokens that the engine gave; `count` is told of them as they come."""
     request = GenerationRequest(
         prompt=tuple(stream.prompt),
         max_tokens=stream.n_tokens,
@@ -49,7 +49,9 @@ async def in_process(engine: Engine, stream: Stream) -> int:
     )
     n_tokens = 0
     async for batch in engine.generate(request):
-        n_tokens += sum(isinstance(event, NewToken) for event in batch)
+        n_new = sum(isinstance(event, NewToken) for event in batch)
+        count(n_new)
+        n_tokens += n_new
     return n_tokens
 
 
