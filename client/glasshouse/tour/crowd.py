@@ -50,6 +50,7 @@ def stream_together(guide: Guide, direction: Direction) -> None:
     seconds = time.perf_counter() - begun
     if not screen.live:
         screen.put(_table(guide, rows))
+        screen.gap()
     n_tokens = 0
     for row in rows:
         if row.error is not None:

@@ -22,7 +22,7 @@ from glasshouse.client import Intervention, add_vector, positions
 from glasshouse.tour.guide import Guide, expect
 from glasshouse.tour.mood_words import WORDS, mood_of
 
-COEFFICIENT = 3.0
+COEFFICIENT = 3.5
 N_STORIES = 24
 N_SHOWN = 2
 MAX_TOKENS = 32

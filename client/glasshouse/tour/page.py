@@ -22,7 +22,7 @@ def show_metrics(guide: Guide) -> None:
     """Prints them; nothing runs any more, and what was refused is counted."""
     screen = guide.screen
     screen.stage("Metrics: what the operator sees")
-    screen.code("curl http://HOST:PORT/metrics")
+    screen.code(f"curl {guide.server.metrics_url}")
     with urlopen(guide.server.metrics_url, timeout=10) as page:
         lines = page.read().decode().splitlines()
     shown = [line for line in lines if line.startswith(KEY_LINES)]

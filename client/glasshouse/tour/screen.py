@@ -23,6 +23,7 @@ class Screen:
         width = min(self.console.width, MAX_WIDTH) if self.console.is_terminal else PIPED_WIDTH
         self.console.width = width
         self._stage = 0
+        self._after_gap = False
 
     @property
     def live(self) -> bool:
@@ -32,7 +33,8 @@ class Screen:
     def stage(self, title: str) -> None:
         """A heading, numbered."""
         self._stage += 1
-        self.console.print()
+        if not self._after_gap:
+            self.console.print()
         self.console.print(Text(f"{self._stage}. {title}", style="bold cyan"))
 
     def say(self, text: str, style: str = "") -> None:
@@ -59,9 +61,16 @@ class Screen:
     ) -> None:
         """A table. `right`: columns aligned so. `lines`: a rule between rows. `shares`: widths in proportion."""
         self.put(self.made_table(headings, rows, right=right, lines=lines, shares=shares))
+        self.gap()
+
+    def gap(self) -> None:
+        """An empty line."""
+        self.console.print()
+        self._after_gap = True
 
     def put(self, renderable: RenderableType) -> None:
         """Prints, without the spaces that fill lines up."""
+        self._after_gap = False
         with self.console.capture() as captured:
             self.console.print(renderable)
         for line in captured.get().rstrip().splitlines():

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from glasshouse.tour.guide import Guide, expect
 
-PROMPT = "Once upon a time, there was a little girl named Lily."
-MAX_TOKENS = 90
-SEED = 3
+PROMPT = "Once upon a time, there was a brave girl named Lily."
+MAX_TOKENS = 140
+SEED = 1
 
 
 def generate(guide: Guide) -> None:
