@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from glasshouse.server.attribution.freezing import NOTHING_FROZEN, Freeze
 from glasshouse.server.attribution.gradient_model import Edit, GradientModel
 from glasshouse.server.attribution.metrics import Metric
 from glasshouse.server.attribution.nodes import Node
@@ -62,6 +63,7 @@ def patch_sweep(
     replacement: Replacement = "interchange",
     others: Tensor | None = None,
     seed: int = 0,
+    freeze: Freeze = NOTHING_FROZEN,
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> Iterator[list[PatchResult]]:
@@ -73,11 +75,11 @@ def patch_sweep(
     values = _replacements(model, base, nodes, replacement, others)
     choose = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        base_value = float(metric(model.forward(base, read=metric.reads))[0])
+        base_value = float(metric(model.forward(base, read=metric.reads, freeze=freeze))[0])
     for first in range(0, len(nodes), batch_size):
         some = nodes[first : first + batch_size]
         row_values = [_choice(values[node.hook_point], choose) for node in some]
-        found = _patched(model, base, some, row_values, metric)
+        found = _patched(model, base, some, row_values, metric, freeze)
         yield [
             PatchResult(node=node, value=value, effect=value - base_value) for node, value in zip(some, found)
         ]
@@ -130,9 +132,16 @@ def _set_part(row: int, positions: slice, columns: slice, part: Tensor) -> Edit:
 
 @torch.no_grad()
 def _patched(
-    model: GradientModel, base: Tensor, nodes: Sequence[Node], values: Sequence[Tensor], metric: Metric
+    model: GradientModel,
+    base: Tensor,
+    nodes: Sequence[Node],
+    values: Sequence[Tensor],
+    metric: Metric,
+    freeze: Freeze,
 ) -> list[float]:
-    run = model.forward(base.expand(len(nodes), -1), read=metric.reads, edits=patching(model, nodes, values))
+    rows = base.expand(len(nodes), -1)
+    edits = patching(model, nodes, values)
+    run = model.forward(rows, read=metric.reads, edits=edits, freeze=freeze)
     return [float(value) for value in metric(run)]
 
 
