@@ -1,0 +1,1 @@
+"""What outlives a request: named, versioned directions, probes, monitors and feature labels, and where they came from."""
