@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import inspect, text
+from sqlalchemy import exc, inspect, text
 from tests.server.registry import drafts
 from tests.server.registry.postgres import Cluster
 
@@ -46,9 +46,12 @@ def test_kill_at_any_moment_leaves_nothing_half_published(url: str, blobs: str, 
         while not line.startswith("pid "):
             told.add(line.strip())
             line = process.stdout.readline()
-        # Killed from the first moment on: some before, some between, some within a publication.
-        time.sleep(moments.uniform(0.0, 0.12))
-        os.kill(int(line.split()[1]), signal.SIGKILL)
+        pid = int(line.split()[1])
+        if child % 4:
+            # In its stride: within some publication after the first.
+            told.add(process.stdout.readline().strip())
+        time.sleep(moments.uniform(0.0, 0.06))
+        os.kill(pid, signal.SIGKILL)
         while (line := process.stdout.readline()) != "dead\n":
             told.add(line.strip())
     process.stdin.close()
@@ -61,7 +64,7 @@ def test_kill_at_any_moment_leaves_nothing_half_published(url: str, blobs: str, 
             break
     # Nothing lost that was told, nothing half there: every tensor and every label of every row.
     assert told <= found.keys()
-    assert len(told) > KILLS
+    assert len(told) >= KILLS * 3 // 4
     for record in found.values():
         assert registry.tensors(record)["vector"].shape == (5000,)
         assert len(registry.labels(record)) == 50
@@ -176,7 +179,7 @@ def test_migrations_run_once_in_order_and_whole(url: str) -> None:
         statements=("CREATE TABLE second (id INTEGER)", "INSERT INTO nowhere VALUES (1)"),
         only={},
     )
-    with pytest.raises(Exception, match="nowhere"):
+    with pytest.raises(exc.DBAPIError, match="nowhere"):
         migrate(database, (*MIGRATIONS, broken))
     with database.reading() as connection:
         assert not inspect(connection).has_table("second")

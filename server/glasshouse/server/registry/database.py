@@ -73,9 +73,14 @@ class Database:
             gone = (
                 isinstance(error, exc.OperationalError | exc.InterfaceError) or error.connection_invalidated
             )
-            if self.dialect == "sqlite" and type(error.orig) is sqlite3.DatabaseError:
+            code = getattr(error.orig, "sqlite_errorcode", 0) & 0xFF
+            if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
                 raise self._damaged(str(error.orig)) from error
-            if not gone:
+            gone = (
+                isinstance(error, exc.OperationalError | exc.InterfaceError) or error.connection_invalidated
+            )
+            # SQLITE_ERROR is a wrong statement: our own defect.
+            if not gone or code == sqlite3.SQLITE_ERROR:
                 raise
             raise self._unavailable(type(error.orig).__name__) from error
 
