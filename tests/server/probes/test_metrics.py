@@ -60,6 +60,8 @@ def test_by_hand() -> None:
     assert (figures.auroc.value, figures.accuracy.value) == (0.75, 0.5)
     assert math.isclose(figures.effect_size, 1 / math.sqrt(2))
     assert cohens_d(np.ones(3), np.zeros(3)) == math.inf
+    assert figures.metrics["auroc"] == 0.75
+    assert "effect_size" not in discriminate(labels.astype(float), labels, threshold=0.5).metrics
     # R: binom.test(3, 20)$conf.int
     interval = proportion(3, 20)
     assert (round(interval.low, 6), round(interval.high, 6)) == (0.032071, 0.378927)

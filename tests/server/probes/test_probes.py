@@ -109,6 +109,7 @@ def test_every_kind_reads_a_planted_concept(kind: ProbeKind, task: Task) -> None
     assert report.n_folds == 5
     assert report.n_train + report.n_held_out == TASKS[task].n_examples
     assert report.selectivity > 0.1
+    assert report.metrics[f"{report.columns[0].name}.auroc"] == report.columns[0].discrimination.auroc.value
     scores = trained.probe.score(torch.from_numpy(TASKS[task].rows(planted.POINTS[0])))
     assert bool(((scores >= 0) & (scores <= 1)).all())
     if task is Task.MULTI_CLASS:

@@ -70,6 +70,10 @@ def test_what_is_published_does_not_change(registry: Registry) -> None:
         ):
             connection.execute(text(statement))
     assert registry.get(MOOD).body["threshold"] == 0.5
+    labels = (FeatureLabel(feature=1, label="cats"),)
+    registry.publish(Draft(kind=Kind.FEATURE_LABELS, model="fable", name="auto", labels=labels))
+    with pytest.raises(exc.DBAPIError, match="does not change"), registry._database.writing() as connection:
+        connection.execute(text("UPDATE feature_labels SET label = 'dogs'"))
 
 
 def test_deletion(registry: Registry) -> None:
@@ -118,6 +122,9 @@ def test_feature_labels(registry: Registry) -> None:
     assert registry.list(Kind.FEATURE_LABELS, subject="resid-post-3").records[0].id == record.id
     assert registry.list(Kind.FEATURE_LABELS, subject="resid-post-4").records == ()
     assert registry.tensors(record) == {}
+    registry.delete(record.reference)
+    registry.sweep()
+    assert registry.labels(record) == ()
 
 
 def test_pages(registry: Registry) -> None:

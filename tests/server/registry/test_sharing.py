@@ -99,6 +99,36 @@ def test_concurrent_publishers_share_the_versions_out(open_registry: Callable[[]
     assert servers[0].counter() == 25
 
 
+def test_a_sweep_never_takes_a_blob_from_under_a_publication(open_registry: Callable[[], Registry]) -> None:
+    publishing, sweeping = open_registry(), open_registry()
+    done = threading.Event()
+
+    def sweep() -> int:
+        removed = 0
+        while not done.is_set():
+            removed += sweeping.sweep(grace_s=-1)
+        return removed
+
+    def publish(number: int) -> Record:
+        # A few contents, deleted and published again and again, against a sweep without any grace.
+        draft = drafts.direction(f"d{number}", seed=number % 3)
+        while True:
+            try:
+                return publishing.publish(draft)
+            except Unavailable:
+                continue  # Its file was swept while it was being written: the same call again.
+
+    with ThreadPoolExecutor(4) as pool:
+        swept = pool.submit(sweep)
+        records = list(pool.map(publish, range(30)))
+        for record in records[::2]:
+            publishing.delete(record.reference)
+        done.set()
+        swept.result()
+    for record in records[1::2]:
+        assert publishing.tensors(record).keys() == {"vector"}
+
+
 def test_servers_that_start_together_take_turns(url: str, blobs: str) -> None:
     with ThreadPoolExecutor(6) as pool:
         opened = list(pool.map(lambda _: Registry.open(url, blobs), range(6)))
@@ -192,7 +222,8 @@ def test_migrations_run_once_in_order_and_whole(url: str) -> None:
 
 
 def test_an_outage_is_unavailable_and_passes(cluster: Cluster, blobs: str) -> None:
-    registry = Registry.open(cluster.new_database(), blobs)
+    url = cluster.new_database()
+    registry = Registry.open(url, blobs)
     registry.publish(drafts.direction())
     watch = RegistryWatch(registry, lambda records: None, interval_s=0.02)
     watch.start()
@@ -202,6 +233,8 @@ def test_an_outage_is_unavailable_and_passes(cluster: Cluster, blobs: str) -> No
             registry.publish(drafts.direction("later"))
         assert (caught.value.reason, caught.value.retry_after_s) == ("REGISTRY_UNAVAILABLE", 1.0)
         assert _soon(lambda: watch.unavailable_since_s is not None)
+        with pytest.raises(Unavailable):
+            Registry.open(url, blobs)
     finally:
         cluster.start()
     assert registry.publish(drafts.direction("later")).version == 1

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,20 @@ class Discrimination:
     effect_size: float
     n_positive: int
     n_negative: int
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The figures by name, those that are finite, for provenance."""
+        found = {
+            "auroc": self.auroc.value,
+            "auroc_low": self.auroc.low,
+            "auroc_high": self.auroc.high,
+            "accuracy": self.accuracy.value,
+            "accuracy_low": self.accuracy.low,
+            "accuracy_high": self.accuracy.high,
+            "effect_size": self.effect_size,
+        }
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def discriminate(

@@ -96,12 +96,8 @@ class ProbeReport:
             "selectivity": self.selectivity,
         }
         for column in self.columns:
-            area = column.discrimination.auroc
+            found |= {f"{column.name}.{name}": value for name, value in column.discrimination.metrics.items()}
             found |= {
-                f"{column.name}.auroc": area.value,
-                f"{column.name}.auroc_low": area.low,
-                f"{column.name}.auroc_high": area.high,
-                f"{column.name}.effect_size": column.discrimination.effect_size,
                 f"{column.name}.ece": column.ece,
                 f"{column.name}.brier": column.brier,
                 f"{column.name}.control_auroc": column.control_auroc.value,

@@ -72,6 +72,8 @@ MIGRATIONS: Sequence[Migration] = (
                     BEGIN SELECT RAISE(ABORT, 'what is published does not change'); END""",
                 """CREATE TRIGGER entries_kept BEFORE DELETE ON entries
                     BEGIN SELECT RAISE(ABORT, 'what is published does not change'); END""",
+                """CREATE TRIGGER labels_unchanged BEFORE UPDATE ON feature_labels
+                    BEGIN SELECT RAISE(ABORT, 'what is published does not change'); END""",
             ),
             "postgresql": (
                 """CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS
@@ -79,6 +81,8 @@ MIGRATIONS: Sequence[Migration] = (
                 f"""CREATE TRIGGER entries_unchanged BEFORE UPDATE OF {_FROZEN} ON entries
                     FOR EACH ROW EXECUTE FUNCTION refuse_change()""",
                 """CREATE TRIGGER entries_kept BEFORE DELETE ON entries
+                    FOR EACH ROW EXECUTE FUNCTION refuse_change()""",
+                """CREATE TRIGGER labels_unchanged BEFORE UPDATE ON feature_labels
                     FOR EACH ROW EXECUTE FUNCTION refuse_change()""",
             ),
         },

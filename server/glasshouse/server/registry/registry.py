@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, RowMapping, Select, func, insert, select, tuple_, update
+from sqlalchemy import Connection, RowMapping, Select, delete, func, insert, select, tuple_, update
 
 from glasshouse.server.registry import pages, refusals, rows
 from glasshouse.server.registry.blobs import BlobStore, encode
@@ -238,11 +238,15 @@ class Registry:
             return now, tuple(rows.record_of(row) for row in found)
 
     def sweep(self, *, grace_s: float = SWEEP_GRACE_S) -> int:
-        """Removes blobs older than `grace_s` that no row names, and half-written ones; returns how many.
+        """Removes blobs older than `grace_s` that no row names, and half-written ones; returns how many. The labels of
+        deleted entries go too.
 
         Each is removed under the writers' lock, and publishers look for their blob under the same lock: a blob is never
         taken from under a publication.
         """
+        deleted = select(entries.c.id).where(entries.c.deleted_us.is_not(None))
+        with self._database.writing() as connection:
+            connection.execute(delete(feature_labels).where(feature_labels.c.entry_id.in_(deleted)))
         removed = 0
         for blob in self._blobs.stored():
             if blob.modified_s > time.time() - grace_s:
