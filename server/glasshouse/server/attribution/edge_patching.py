@@ -1,0 +1,128 @@
+"""A forward pass in which every component reads its own copy of the stream, edges patched one by one.
+
+The input of destination v is  stream + sum_u mask[u, v] (a_u^corrupt - a_u), with a_u what source u adds in THIS
+pass: mask 0 is the plain pass, 1 on every edge the corrupt one, and 1 on one edge path patching along it.
+
+1. As the pass goes, every source's difference to its corrupt contribution is noted.
+2. Where any edge into a head's q, k or v is masked, that head's vector is made anew from its own stream and
+   written over the live one; the MLP's input (or where there is no norm to write behind, its output) likewise.
+3. The stream itself is never touched, except at the very end, for the logits.
+
+A mask that takes gradients gets them: that is the oracle of EAP.
+
+Shapes: S sources, N destinations, B batch, T positions, D d_model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glasshouse.server.attribution.gradient_model import Edit, Pass
+from glasshouse.server.attribution.wiring import QKV, Destination, Wiring
+
+
+def forward_with_edges(
+    wiring: Wiring, tokens_BT: Tensor, corrupt_SBTD: Tensor, mask_SN: Tensor, *, read: tuple[str, ...] = ()
+) -> Pass:
+    """Run the tokens with the corrupt contributions mixed in along the edges of `mask_SN`, 0 to 1."""
+    patched = _EdgePatch(wiring, corrupt_SBTD, mask_SN * wiring.valid)
+    return wiring.model.forward(
+        tokens_BT, read=read, edits=patched.edits(), gradients=bool(mask_SN.requires_grad)
+    )
+
+
+class _EdgePatch:
+    """The edits of one pass. `_differences` grows in the order of the sources."""
+
+    def __init__(self, wiring: Wiring, corrupt_SBTD: Tensor, mask_SN: Tensor) -> None:
+        self._wiring, self._corrupt, self._mask = wiring, corrupt_SBTD, mask_SN
+        self._differences: list[Tensor] = []
+        self._streams: dict[str, Tensor] = {}
+        self._live = mask_SN.detach().ne(0).any(0).tolist()  # destinations with a masked edge
+
+    def edits(self) -> dict[str, list[Edit]]:
+        wiring, edits = self._wiring, {}
+        for layer in range(wiring.model.n_layers):
+
+            def at(point: str, layer: int = layer) -> str:
+                return wiring.at(layer, point)
+
+            edits[at("hook_resid_pre")] = [self._note_stream(at("hook_resid_pre"))]
+            if not wiring.parallel:
+                edits[at("hook_resid_mid")] = [self._note_stream(at("hook_resid_mid"))]
+            for part in QKV:
+                edits[at(f"attn.hook_{part}")] = [self._rewrite_heads(layer, part)]
+            edits[at("attn.hook_z")] = [self._note_heads(layer)]
+            edits[at("hook_mlp_out")] = [self._note_mlp]
+            if wiring.model.has(at("ln2.hook_out")):
+                edits[at("ln2.hook_out")] = [self._rewrite_mlp_input(layer)]
+            else:
+                edits[at("hook_mlp_out")].insert(0, self._rewrite_mlp_output(layer))
+        edits["blocks.0.hook_resid_pre"].append(
+            self._note_mlp
+        )  # the embedding writes like an MLP: one vector
+        last = wiring.at(wiring.model.n_layers - 1, "hook_resid_post")
+        edits[last] = [self._patch_logits]
+        return edits
+
+    def _delta(self, destinations: list[Destination]) -> Tensor | None:
+        """(len, B, T, D) to add to each one's stream; None where no edge into them is masked."""
+        columns = [self._wiring.columns[d] for d in destinations]
+        if not self._mask.requires_grad and not any(self._live[column] for column in columns):
+            return None
+        n = len(self._differences)
+        return torch.einsum("un,ubtd->nbtd", self._mask[:n, columns], torch.stack(self._differences))
+
+    def _destinations(self, layer: int, kind: str) -> list[Destination]:
+        return [d for d in self._wiring.destinations if d.kind == kind and d.layer == layer]
+
+    def _note_stream(self, name: str) -> Edit:
+        def edit(live: Tensor) -> None:
+            self._streams[name] = live.clone()
+
+        return edit
+
+    def _note_mlp(self, live: Tensor) -> None:
+        self._differences.append(self._corrupt[len(self._differences)] - live)
+
+    def _note_heads(self, layer: int) -> Edit:
+        def edit(live: Tensor) -> None:
+            for own in self._wiring.head_contributions(layer, live.clone()):
+                self._differences.append(self._corrupt[len(self._differences)] - own)
+
+        return edit
+
+    def _rewrite_heads(self, layer: int, part: str) -> Edit:
+        def edit(live: Tensor) -> None:
+            delta = self._delta(self._destinations(layer, part))
+            if delta is not None:
+                stream = self._streams[self._wiring.at(layer, "hook_resid_pre")]
+                live.copy_(self._wiring.read_heads(layer, part, stream + delta))
+
+        return edit
+
+    def _mlp_stream(self, layer: int) -> Tensor | None:
+        delta = self._delta(self._destinations(layer, "mlp"))
+        return None if delta is None else self._streams[self._wiring.mlp_reads(layer)] + delta[0]
+
+    def _rewrite_mlp_input(self, layer: int) -> Edit:
+        def edit(live: Tensor) -> None:
+            stream = self._mlp_stream(layer)
+            if stream is not None:
+                live.copy_(self._wiring.normed(layer, "ln2", stream))
+
+        return edit
+
+    def _rewrite_mlp_output(self, layer: int) -> Edit:
+        def edit(live: Tensor) -> None:
+            stream = self._mlp_stream(layer)
+            if stream is not None:
+                live.copy_(self._wiring.mlp(layer, stream))
+
+        return edit
+
+    def _patch_logits(self, live: Tensor) -> None:
+        delta = self._delta([self._wiring.destinations[-1]])
+        if delta is not None:
+            live.add_(delta[0])

@@ -1,0 +1,90 @@
+"""ACDC on a hand-built model returns its circuit, and on any model what it claims."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glasshouse.server.attribution.circuits import EdgeExperiment, discover_circuit, measure_circuit
+from glasshouse.server.attribution.gradient_model import GradientModel
+from glasshouse.server.attribution.wiring import Wiring
+from glasshouse.server.types.errors import InvalidArgument
+
+from .conftest import load
+
+
+def two_step_copy(model: Any) -> None:
+    """A Llama whose one circuit is embed -> a0.h1.v -> a1.h2.v -> logits.
+
+    Queries and keys are zero, so attention is uniform. Tokens are embedded in dimensions 0-7; head 1 of layer 0
+    moves them to 8-15 and head 2 of layer 1 from there to 16-23, which is all that the head reads. Norm gains
+    are one and every token has the same norm.
+    """
+    for parameter in model.parameters():
+        parameter.zero_()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+    core, d_head = model.model, 8
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 32))
+    for token in range(61):
+        core.embed_tokens.weight[token, token % 8] = 1.0
+        model.lm_head.weight[token, 16 + token % 8] = 2.0
+    for layer, head, read, write in ((0, 1, 0, 8), (1, 2, 8, 16)):
+        attention = core.layers[layer].self_attn
+        group = head // 2
+        for i in range(d_head):
+            attention.v_proj.weight[group * d_head + i, read + i] = 1.0
+            attention.o_proj.weight[write + i, head * d_head + i] = 1.0
+
+
+def test_acdc_finds_exactly_the_circuit_of_a_hand_built_model() -> None:
+    model = GradientModel(load("llama", two_step_copy))
+    clean, corrupt = torch.tensor([[10, 10, 11, 12, 13]]), torch.tensor([[15, 15, 11, 12, 13]])
+    found = discover_circuit(model, clean, corrupt, threshold=1e-4)
+    names = {(str(source), str(destination)) for source, destination in found.edges}
+    print(names, found.n_passes, int(found.kept.numel()))
+    assert names == {("a1.h2", "logits"), ("a0.h1", "a1.h1.v"), ("embed", "a0.h0.v")}  # v by key-value head
+    assert found.clean_value == pytest.approx(0.0, abs=1e-6)
+    assert found.faithfulness == pytest.approx(1.0, abs=1e-3)
+    assert found.completeness == pytest.approx(1.0, abs=1e-3)
+    assert found.n_passes < int(found.wiring.valid.sum()) / 3
+
+
+def test_a_circuit_is_what_its_edges_do(various: GradientModel, clean: Tensor, corrupt: Tensor) -> None:
+    found = discover_circuit(various, clean, corrupt, threshold=0.05)
+    n_edges = int(found.wiring.valid.sum())
+    assert 0 < len(found.edges) == int(found.kept.sum()) < n_edges
+    again = measure_circuit(EdgeExperiment(found.wiring, clean, corrupt), found.kept)
+    assert again.value == pytest.approx(found.value, abs=1e-6)
+    everything = measure_circuit(EdgeExperiment(found.wiring, clean, corrupt), found.wiring.valid)
+    assert everything.faithfulness == pytest.approx(1.0, abs=1e-4)
+    assert everything.completeness == pytest.approx(1.0, abs=1e-4)
+    assert everything.clean_value == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_lower_threshold_keeps_more(various: GradientModel, clean: Tensor, corrupt: Tensor) -> None:
+    sizes = [len(discover_circuit(various, clean, corrupt, threshold=t).edges) for t in (0.2, 1e-3)]
+    assert sizes[0] < sizes[1]
+
+
+def test_progress_and_refusal(clean: Tensor, corrupt: Tensor) -> None:
+    model = GradientModel(load("llama"))
+    told: list[tuple[int, int]] = []
+
+    class Stop(Exception):
+        pass
+
+    def progress(done: int, total: int) -> None:
+        told.append((done, total))
+        if done == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        discover_circuit(model, clean, corrupt, threshold=0.1, progress=progress)
+    assert told[-1] == (3, int(Wiring(model).valid.sum()))
+    with pytest.raises(InvalidArgument, match="threshold"):
+        discover_circuit(model, clean, corrupt, threshold=0.0)
