@@ -30,6 +30,7 @@ from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, 
 
 PUBLISHER = Path(__file__).with_name("publisher.py")
 KILLS = 20
+NEXT = MIGRATIONS[-1].version + 1
 
 
 def test_kill_at_any_moment_leaves_nothing_half_published(url: str, blobs: str, registry: Registry) -> None:
@@ -204,7 +205,7 @@ def test_migrations_run_once_in_order_and_whole(url: str) -> None:
     assert migrate(database) == len(MIGRATIONS)
     assert migrate(database) == 0
     broken = Migration(
-        version=2,
+        version=NEXT,
         name="breaks half-way",
         statements=("CREATE TABLE second (id INTEGER)", "INSERT INTO nowhere VALUES (1)"),
         only={},
@@ -213,9 +214,11 @@ def test_migrations_run_once_in_order_and_whole(url: str) -> None:
         migrate(database, (*MIGRATIONS, broken))
     with database.reading() as connection:
         assert not inspect(connection).has_table("second")
-    whole = Migration(version=2, name="works", statements=broken.statements[:1], only={})
+    whole = Migration(version=NEXT, name="works", statements=broken.statements[:1], only={})
     assert migrate(database, (*MIGRATIONS, whole)) == 1
-    with pytest.raises(FailedPrecondition, match="of version 2, this server knows 1") as caught:
+    with pytest.raises(
+        FailedPrecondition, match=f"of version {NEXT}, this server knows {NEXT - 1}"
+    ) as caught:
         migrate(database)
     assert caught.value.reason == "REGISTRY_MISMATCH"
     database.close()

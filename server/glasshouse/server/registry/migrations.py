@@ -87,9 +87,20 @@ MIGRATIONS: Sequence[Migration] = (
             ),
         },
     ),
+    Migration(
+        version=2,
+        name="what monitors noticed",
+        statements=(
+            """CREATE TABLE monitor_events (
+                id {id}, model {key} NOT NULL, monitor {key} NOT NULL, version INTEGER NOT NULL, event {key} NOT NULL,
+                action {key} NOT NULL, time_us BIGINT NOT NULL, request_id TEXT NOT NULL, position BIGINT NOT NULL,
+                score {double}, details TEXT NOT NULL)""",
+            "CREATE INDEX monitor_events_monitor ON monitor_events (model, monitor, id)",
+            "CREATE INDEX monitor_events_time ON monitor_events (time_us)",
+        ),
+        only={},
+    ),
 )
-
-NEWEST = MIGRATIONS[-1].version
 
 
 def migrate(database: Database, steps: Sequence[Migration] = MIGRATIONS) -> int:

@@ -25,6 +25,7 @@ from sqlalchemy import Connection, RowMapping, Select, delete, func, insert, sel
 from glasshouse.server.registry import pages, refusals, rows
 from glasshouse.server.registry.blobs import BlobStore, encode
 from glasshouse.server.registry.database import Database
+from glasshouse.server.registry.events import EventLog
 from glasshouse.server.registry.migrations import migrate
 from glasshouse.server.registry.names import Kind, Reference
 from glasshouse.server.registry.records import Draft, FeatureLabel, Record, RecordPage
@@ -67,6 +68,11 @@ class Registry:
     def location(self) -> str:
         """The database's URL, without its password."""
         return self._database.location
+
+    @property
+    def events(self) -> EventLog:
+        """The monitors' log, in the same database."""
+        return EventLog(self._database)
 
     def close(self) -> None:
         """Closes the connections."""

@@ -3,6 +3,7 @@
 - entries: one row a published version; never changed after, but for `deleted_us` and `change` (triggers see to it).
 - uses: (entry_id, used_id), what must stay as long as the entry does.
 - feature_labels: the rows of an entry of kind featureLabels.
+- monitor_events: what monitors noticed; rows go with time.
 - changes: one row; `counter` grows with every publication and deletion. Every writer takes its lock first, so writers
   come one after the other and the counter's order is the order of commits.
 - schema_versions: the migrations that ran.
@@ -50,6 +51,22 @@ feature_labels = Table(
     Column("feature", BigInteger, primary_key=True),
     Column("label", Text, nullable=False),
     Column("score", Float(53), nullable=True),
+)
+
+monitor_events = Table(
+    "monitor_events",
+    metadata,
+    Column("id", BigInteger, primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("monitor", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("time_us", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("score", Float(53), nullable=True),
+    Column("details", Text, nullable=False),
 )
 
 changes = Table(
