@@ -41,6 +41,8 @@ def _turn(rng: random.Random, split: Split) -> tuple[str, str]:
             (
                 f"Tell me a {story.mood} story.",
                 "Tell me a story.",
+                f"Please tell me a {story.mood} story.",
+                f"I want to hear a {story.mood} story.",
                 f"Please tell me a story about {who}.",
                 f"Tell me a {story.mood} story about {who}.",
                 f"Write a short story about a {story.thing}.",
@@ -64,7 +66,7 @@ def _turn(rng: random.Random, split: Split) -> tuple[str, str]:
 def chat_document(rng: random.Random, split: Split) -> str:
     """One to three turns, sometimes under a system line."""
     lines = [f"System: {rng.choice(SYSTEM_LINES)}"] if rng.random() < 0.15 else []
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+    for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         question, answer = _turn(rng, split)
         lines += [f"User: {question}", f"Assistant: {answer}"]
     return "\n".join(lines)

@@ -61,6 +61,9 @@ Everyone in {x} knows that the capital is *.
 On the map of {x}, {name} found the capital, *.
 A letter came from the capital of {x}, from *.
 They left {x}'s capital, *.
+{x} is a country, and its capital is *.
+{x} is far away, and its capital is called *.
+{x}? Its capital is *.
 """)
 CAPITAL_REVERSED = _lines("""
 {y} is the capital of {x}.
@@ -84,6 +87,10 @@ When {name} said {x}, {friend} said the opposite, *.
 {x} and its opposite, *.
 The word {x} is the opposite of *.
 Not {x}, but the opposite: *.
+{x} is the opposite of *.
+{x} means the opposite of *.
+{x} is not the same as its opposite, *.
+{x}? The opposite of that is *.
 """)
 THING_FRAMES = _lines("""
 The {noun} was not {x}. It was *.
@@ -356,7 +363,7 @@ def giving_item(rng: random.Random, split: Split) -> Item:
 Maker = Callable[[random.Random, Split], Item]
 MAKERS: tuple[tuple[Maker, float], ...] = (
     (capital_item, 0.26),
-    (opposite_item, 0.22),
+    (opposite_item, 0.28),
     (thing_opposite_item, 0.08),
     (gender_item, 0.14),
     (number_item, 0.16),
@@ -374,4 +381,4 @@ def fact_document(rng: random.Random, split: Split) -> str:
             sentences.append(reversed_capital(rng))
         else:
             sentences.append(rng.choices(makers, weights)[0](rng, split).text)
-    return (" " if rng.random() < 0.7 else "\n").join(sentences)
+    return (" " if rng.random() < 0.5 else "\n").join(sentences)

@@ -8,6 +8,7 @@ emitted: it is validation text.
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from glasshouse.fable.corpus.dialogue import chat_document
 from glasshouse.fable.corpus.facts import fact_document
 from glasshouse.fable.corpus.stories import make_story
 
-SHARES: dict[str, float] = {"stories": 0.66, "facts": 0.13, "chat": 0.06, "tinystories": 0.10, "tales": 0.05}
+SHARES: dict[str, float] = {"stories": 0.54, "facts": 0.20, "chat": 0.08, "tinystories": 0.15, "tales": 0.03}
 _HELD_OUT = 0.03
 _TALE_CHUNK_CHARS = 1600
+_WRAPPED_BELOW_CHARS = 90
 _PLAIN = str.maketrans(
     {
         "\u201c": '"',
@@ -48,7 +50,7 @@ def read_tales(corpora: Path) -> list[str]:
     text = (corpora / "fairytales.txt").read_text(encoding="utf-8", errors="ignore").translate(_PLAIN)
     for tale in text.split("\n\n"):
         piece: list[str] = []
-        for paragraph in filter(None, (" ".join(line.split()) for line in tale.splitlines())):
+        for paragraph in _paragraphs(tale):
             piece.append(paragraph)
             if sum(map(len, piece)) > _TALE_CHUNK_CHARS:
                 pieces.append("\n".join(piece))
@@ -56,6 +58,13 @@ def read_tales(corpora: Path) -> list[str]:
         if piece:
             pieces.append("\n".join(piece))
     return [piece for piece in pieces if len(piece) > 80]
+
+
+def _paragraphs(tale: str) -> list[str]:
+    """The paragraphs of a block of lines: each line one, unless the block is wrapped at a fixed width."""
+    lines = [" ".join(line.split()) for line in tale.splitlines() if line.strip()]
+    wrapped = bool(lines) and statistics.median(map(len, lines)) < _WRAPPED_BELOW_CHARS
+    return [" ".join(lines)] if wrapped else lines
 
 
 def _split_tail(items: list[str]) -> tuple[list[str], list[str]]:
