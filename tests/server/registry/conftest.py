@@ -5,6 +5,7 @@ GLASSHOUSE_REQUIRE_POSTGRES=1, as in continuous integration, that is an error.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,11 +23,14 @@ OpenRegistry = Callable[[], Registry]
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     binaries = find_binaries()
     if binaries is None:
         if os.environ.get("GLASSHOUSE_REQUIRE_POSTGRES"):
             pytest.fail(MISSING)
+        # A skip is one letter, and pytest-xdist's workers have no summary of their own: say it where it is seen.
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n!!! {MISSING}\n", file=sys.stderr, flush=True)
         pytest.skip(MISSING)
     found = Cluster(binaries)
     yield found
@@ -64,10 +68,3 @@ def open_registry(url: str, blobs: str) -> Iterator[OpenRegistry]:
 @pytest.fixture
 def registry(open_registry: OpenRegistry) -> Registry:
     return open_registry()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    if any("PostgreSQL is not installed" in str(report.longrepr) for report in skipped):
-        terminalreporter.section("PostgreSQL", sep="!", red=True, bold=True)
-        terminalreporter.line(MISSING, red=True, bold=True)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glasshouse.server.probes.calibration import Calibration
+from glasshouse.server.probes.calibration import Calibration, IsotonicScaling, PlattScaling
 from glasshouse.server.probes.examples import Task
 from glasshouse.server.probes.pooling import Pooling
 from glasshouse.server.types.errors import InvalidArgument
@@ -158,31 +158,48 @@ class ServedProbe:
 class ProbeBank:
     """Affine probes that read the same x, as one product: what serves many monitors at one hook point.
 
-    `weights` (D, sum of C), `biases` (sum of C,).
+    `weights` (D, sum of C), `biases` (sum of C,). Where a probe's score is sigma of an affine map (no calibration or
+    Platt's, columns independent), the calibration is folded in too: `folded` says of which.
     """
 
     probes: tuple[ServedProbe, ...]
     weights: Tensor
     biases: Tensor
+    folded: tuple[bool, ...]
 
     @classmethod
     def of(cls, probes: Sequence[ServedProbe]) -> ProbeBank:
         """Stacks affine probes of equal hook points, on one device in one dtype."""
         assert all(probe.is_affine for probe in probes), "an MLP has no place in a bank"
         assert len({probe.facts.hook_points for probe in probes}) == 1, "a bank reads one x"
+        parts: list[Affine] = []
+        folded: list[bool] = []
+        for probe in probes:
+            layer, calibration = probe.layers[0], probe.calibration
+            independent = probe.facts.task is not Task.MULTI_CLASS
+            if independent and isinstance(calibration, PlattScaling):
+                slopes = calibration.slopes
+                layer = Affine(layer.weights * slopes, layer.biases * slopes + calibration.offsets)
+            folded.append(independent and not isinstance(calibration, IsotonicScaling))
+            parts.append(layer)
         return cls(
             tuple(probes),
-            torch.cat([probe.layers[0].weights for probe in probes], dim=1),
-            torch.cat([probe.layers[0].biases for probe in probes]),
+            torch.cat([part.weights for part in parts], dim=1),
+            torch.cat([part.biases for part in parts]),
+            tuple(folded),
         )
 
     def score(self, x: Tensor) -> list[Tensor]:
         """Scores (N, C) of each probe on rows x (N, D)."""
+        widths = [probe.layers[0].biases.shape[0] for probe in self.probes]
         logits = torch.addmm(self.biases, x.to(self.weights.dtype), self.weights)
-        parts = torch.split(logits, [probe.layers[0].weights.shape[1] for probe in self.probes], dim=1)
+        plain = torch.split(torch.sigmoid(logits), widths, dim=1)
+        if all(self.folded):
+            return list(plain)
+        parts = torch.split(logits, widths, dim=1)
         return [
-            probe.score_margins(probe.margins_of(part))
-            for probe, part in zip(self.probes, parts, strict=True)
+            score if folded else probe.score_margins(probe.margins_of(part))
+            for probe, score, part, folded in zip(self.probes, plain, parts, self.folded, strict=True)
         ]
 
 
