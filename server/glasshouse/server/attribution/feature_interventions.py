@@ -151,16 +151,6 @@ def _feature(local: LocalModel, setting: FeatureSetting) -> ActiveFeatures:
             value=(setting.layer, setting.index, setting.position),
             remedy="Use a layer with a transcoder, one of its features and a position of the prompt.",
         )
-    dictionary, flat = where
-
-    def one(value: int) -> Tensor:
-        return torch.tensor([value], device=local.tokens.device)
-
-    return ActiveFeatures(
-        layers=one(setting.layer),
-        positions=one(setting.position % local.tokens.shape[1]),
-        indices=one(setting.index),
-        dictionaries=one(dictionary),
-        ids=one(flat),
-        values=torch.ones(1, device=local.tokens.device),
+    return transcoders.named(
+        setting.layer, torch.tensor([setting.index]), position=setting.position % local.tokens.shape[1]
     )

@@ -124,6 +124,31 @@ class Transcoders:
                 return (d, facts.flat_id(group, index)) if 0 <= index < facts.group_sizes[group] else None
         return None
 
+    def n_features(self, layer: int) -> int:
+        """How many features read a layer."""
+        for d, layers in enumerate(self._layers_in):
+            if layer in layers:
+                return self.dictionaries[d].facts.group_sizes[layers.index(layer)]
+        return 0
+
+    def named(self, layer: int, indices: Tensor, *, position: int = 0) -> ActiveFeatures:
+        """Features of a layer by their indices, as if each fired with value one."""
+        first = self.find(layer, 0)
+        assert first is not None, "asked of layers with a transcoder"
+        indices = indices.to(self.model.loaded.device)
+
+        def same(value: int) -> Tensor:
+            return torch.full_like(indices, value)
+
+        return ActiveFeatures(
+            layers=same(layer),
+            positions=same(position),
+            indices=indices,
+            dictionaries=same(first[0]),
+            ids=indices + first[1],
+            values=torch.ones(indices.numel(), device=indices.device),
+        )
+
     def encoder_rows(self, features: ActiveFeatures) -> Tensor:
         """(n, D): what each feature reads at its own hook point."""
         rows = torch.zeros(len(features), self.model.loaded.d_model, device=features.ids.device)
