@@ -99,7 +99,7 @@ def gates(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[s
         "pronoun gender agreement",
         "subject-verb number agreement",
         "capital-of lookup",
-        pytest.param("opposites", marks=pytest.mark.xfail(strict=True, reason="88 %: see the model card")),
+        "opposites",
         "opposites of things",
         "ending follows mood",
         "counting",
