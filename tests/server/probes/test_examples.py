@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from tests.server.probes import planted
 
+from glasshouse.server.probes.directions import DirectionMethod, compute_directions
 from glasshouse.server.probes.examples import LabelledActivations, Task
-from glasshouse.server.probes.splitting import find_duplicates, split
+from glasshouse.server.probes.splitting import find_duplicates, split, split_as_given
+from glasshouse.server.probes.training import train_probe
 from glasshouse.server.types.errors import InvalidArgument
 
 
@@ -112,6 +114,23 @@ def test_split_refuses_what_leaves_a_class_out() -> None:
         split(replace(planted.examples(20), groups=np.arange(20) % 2))
     with pytest.raises(InvalidArgument, match="not between 0 and 1"):
         split(planted.examples(20), held_out_share=1.0)
+
+
+def test_a_split_of_the_callers_own_leaves_copies_out_and_says_so() -> None:
+    examples = replace(planted.examples(40), groups=np.concatenate([np.arange(38), [0, 1]]))
+    held_out = np.arange(40) >= 30
+    found = split_as_given(examples, held_out)
+    assert found.train.tolist() == list(range(30))
+    assert (found.held_out.tolist(), found.n_left_out) == (list(range(30, 38)), 2)
+    report = train_probe(examples, planted.POINTS[:1], sides=found).report
+    assert (report.n_train, report.n_held_out) == (30, 8)
+    assert report.notes == ("2 held-out examples were left out: copies of them are learnt from.",)
+    directions = compute_directions(examples, DirectionMethod.DIFFERENCE_IN_MEANS, sides=found)
+    assert directions.held_out[planted.POINTS[0]].n_positive == 4
+    with pytest.raises(InvalidArgument, match="the 10 training examples hold one side"):
+        split_as_given(replace(examples, labels=(held_out * 1).astype(np.int64)), ~held_out)
+    with pytest.raises(InvalidArgument, match="for 40 examples"):
+        split_as_given(examples, held_out[:9])
 
 
 def test_duplicates() -> None:

@@ -87,11 +87,13 @@ def compute_directions(
     method: DirectionMethod,
     *,
     held_out_share: float = 0.25,
+    sides: Split | None = None,
     inverse_l2: float = 1.0,
     n_clusters: int = 2,
     seed: int = 0,
 ) -> DirectionReport:
-    """Computes `method` at every hook point of `examples`.
+    """Computes `method` at every hook point of `examples`. `sides`: a split of the caller's (`split_as_given`), of the rows
+    of `PairedActivations.labelled` where the examples are pairs; else one is made.
 
     Raises:
         InvalidArgument: examples that do not make a binary task, pairs where a method needs them and there are none, or
@@ -115,7 +117,7 @@ def compute_directions(
             value=labelled.task.value,
             remedy="compute one direction a class against the rest, or train a probe",
         )
-    sides = split(labelled, held_out_share=held_out_share, seed=seed)
+    sides = sides or split(labelled, held_out_share=held_out_share, seed=seed)
     directions: dict[str, Direction] = {}
     held_out: dict[str, Discrimination] = {}
     for name in labelled.activations:

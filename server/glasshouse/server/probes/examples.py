@@ -22,6 +22,7 @@ from glasshouse.wire import reasons
 
 FloatRows = np.ndarray[tuple[int, ...], np.dtype[Any]]
 IntRows = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+BoolRows = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 # Two to learn from and two to be judged on.
 MIN_EXAMPLES_PER_CLASS = 4

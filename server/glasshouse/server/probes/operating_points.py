@@ -17,11 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from glasshouse.server.probes.discrimination import Interval, proportion
-from glasshouse.server.probes.examples import FloatRows, IntRows
+from glasshouse.server.probes.examples import BoolRows, FloatRows, IntRows
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
-
-BoolRows = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from glasshouse.server.probes import refusals
-from glasshouse.server.probes.examples import IntRows, LabelledActivations, Task
+from glasshouse.server.probes.examples import BoolRows, IntRows, LabelledActivations, Task
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Row numbers, int64, ascending: `train` (n,) and `held_out` (m,)."""
+    """Row numbers, int64, ascending: `train` (n,) and `held_out` (m,). `n_left_out`: rows that a caller wanted held out
+    and that are on neither side, because their group is learnt from.
+    """
 
     train: IntRows
     held_out: IntRows
+    n_left_out: int = 0
 
 
 def split(examples: LabelledActivations, *, held_out_share: float = 0.25, seed: int = 0) -> Split:
@@ -55,6 +58,34 @@ def split(examples: LabelledActivations, *, held_out_share: float = 0.25, seed: 
         chosen.extend(rng.permutation(members)[:n_out].tolist())
     out = np.isin(groups, np.array(chosen, dtype=np.int64))
     found = Split(train=np.flatnonzero(~out), held_out=np.flatnonzero(out))
+    for side, rows in (("training", found.train), ("held-out", found.held_out)):
+        _both_classes(examples, rows, side)
+    return found
+
+
+def split_as_given(examples: LabelledActivations, held_out: BoolRows) -> Split:
+    """The caller's own split: bool (N,), true where a row is held out. Rows of a group (copies of a text) that is also
+    learnt from would flatter the figures: they are left out, and counted.
+
+    Raises:
+        InvalidArgument: another shape, or a class missing on one side.
+    """
+    if held_out.shape != (examples.n_examples,):
+        raise InvalidArgument(
+            f"held_out has shape {held_out.shape} for {examples.n_examples} examples",
+            reason=reasons.WRONG_WIDTH,
+            field="held_out",
+            value=held_out.shape,
+            remedy=f"give shape ({examples.n_examples},)",
+        )
+    kept = held_out.copy()
+    if examples.groups is not None:
+        kept &= ~np.isin(examples.groups, examples.groups[~held_out])
+    found = Split(
+        train=np.flatnonzero(~held_out),
+        held_out=np.flatnonzero(kept),
+        n_left_out=int((held_out & ~kept).sum()),
+    )
     for side, rows in (("training", found.train), ("held-out", found.held_out)):
         _both_classes(examples, rows, side)
     return found

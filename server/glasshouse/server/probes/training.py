@@ -117,9 +117,14 @@ class TrainedProbe:
 
 
 def train_probe(
-    examples: LabelledActivations, hook_points: tuple[str, ...] = (), spec: ProbeSpec | None = None
+    examples: LabelledActivations,
+    hook_points: tuple[str, ...] = (),
+    spec: ProbeSpec | None = None,
+    *,
+    sides: Split | None = None,
 ) -> TrainedProbe:
-    """Trains on the activations of `hook_points` side by side; the examples' only one where none is named.
+    """Trains on the activations of `hook_points` side by side; the examples' only one where none is named. `sides`: a
+    split of the caller's (`split_as_given`); else one is made.
 
     Raises:
         InvalidArgument: examples that `LabelledActivations.check` or `split` refuses, a hook point that was not read, a
@@ -130,7 +135,7 @@ def train_probe(
     hook_points = _hook_points(examples, hook_points)
     for rate in spec.false_positive_rates:
         threshold_at(np.zeros(1), rate)
-    sides = split(examples, held_out_share=spec.held_out_share, seed=spec.options.seed)
+    sides = sides or split(examples, held_out_share=spec.held_out_share, seed=spec.options.seed)
     rows = examples.rows(*hook_points)
     facts = ProbeFacts(
         kind=spec.kind,
@@ -155,6 +160,8 @@ def train_probe(
         oof_scores = probe.score_margins(torch.from_numpy(margins)).numpy()
     if not fitted.converged:
         notes.append("The optimiser stopped before it converged.")
+    if sides.n_left_out:
+        notes.append(f"{sides.n_left_out} held-out examples were left out: copies of them are learnt from.")
     before, scores = _scores(fitted.probe, rows[held]), _scores(probe, rows[held])
     control_labels = shuffled(examples, seed=spec.options.seed)
     control, control_columns = _control_scores(facts, examples, rows, control_labels, sides, spec.options)
