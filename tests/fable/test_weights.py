@@ -26,7 +26,7 @@ from glasshouse.fable.mood_flip import (
 )
 from glasshouse.fable.tokenizer import load_tokenizer, single_token_words
 
-FLIP_LAYER, FLIP_COEFFICIENT = 3, 3.0
+FLIP_LAYER, FLIP_COEFFICIENT = 4, 3.5
 
 
 @pytest.fixture(autouse=True)
