@@ -159,3 +159,21 @@ def test_refusals(clean: Tensor, corrupt: Tensor, various: GradientModel) -> Non
     if not various.has("blocks.0.hook_resid_mid"):
         with pytest.raises(FailedPrecondition, match="parallel"):
             node_grid(various, "hook_resid_mid", n_positions=3)
+
+
+@pytest.mark.parametrize("position", [-1, 4])
+def test_starting_late_changes_nothing(
+    model: GradientModel, clean: Tensor, corrupt: Tensor, position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches from the layer and position that they patch, against whole passes."""
+    metric = LogitDifference(targets=(5,), foils=(9,), position=position)
+    grid = node_grid(model, "hook_resid_pre", n_positions=clean.shape[1])
+    grid += node_grid(
+        model, "attn.hook_k", n_positions=clean.shape[1], by_head=True, positions=[2, 5, -1, -3]
+    )
+    grid += [Node(hook_point="hook_embed", position=3), Node(hook_point="blocks.1.hook_mlp_out")]
+    late = sweep(model, clean, grid, metric, others=corrupt, batch_size=4)
+    monkeypatch.setattr("glasshouse.server.attribution.sweeps._Runner._resume", lambda self, nodes: None)
+    whole = sweep(model, clean, grid, metric, others=corrupt, batch_size=4)
+    assert [r.value for r in late] == pytest.approx([r.value for r in whole], abs=2e-5)
+    assert len({round(r.value, 4) for r in late}) > 5

@@ -30,6 +30,7 @@ from glasshouse.server.attribution.freezing import (
     record_scale,
     stop_gradient,
 )
+from glasshouse.server.attribution.resuming import BaseRun, RecordingMemory, Resume, run_suffix
 from glasshouse.server.attribution.twin import twin_of
 from glasshouse.server.hooks.attachment import attach
 from glasshouse.server.hooks.table import HookTable
@@ -134,12 +135,14 @@ class GradientModel:
         freeze: Freeze = NOTHING_FROZEN,
         record: bool = False,
         gradients: bool | None = None,
+        resume: Resume | None = None,
     ) -> Pass:
         """One pass over equal-length rows.
 
         `edits` run before the probes, `after` behind them (a hook on the gradient goes there). `record` keeps
         every pattern and norm scale for a later pass to be held at. `gradients` records a graph even without
-        probes, for edits that bring leaves of their own.
+        probes, for edits that bring leaves of their own. `resume` starts at a later layer and position of a base
+        run; every tensor of the pass then begins at that position.
         """
         reading = {name: self._name(name) for name in read}
         probing = {name: self._name(name) for name in differentiate}
@@ -154,7 +157,7 @@ class GradientModel:
         with torch.inference_mode(False), self._lock:
             with_graph = bool(probing) if gradients is None else gradients
             with torch.set_grad_enabled(with_graph):
-                hidden = self._run(tokens_BT, visit)
+                hidden = self._run(tokens_BT, visit, resume)
         return Pass(
             loaded=self.loaded,
             hidden=hidden,
@@ -162,6 +165,20 @@ class GradientModel:
             probes={asked: visit.probes[name] for asked, name in probing.items()},
             held=Held(patterns=visit.patterns, scales=visit.scales),
         )
+
+    @torch.no_grad()
+    def base_run(self, tokens_1T: Tensor) -> BaseRun:
+        """What passes that `resume` start from: one row's streams, keys and values."""
+        base, names = BaseRun(), [f"blocks.{layer}.hook_resid_pre" for layer in range(self.n_layers)]
+        visit = _Visit(set(names), set(), {}, {}, NOTHING_FROZEN, False)
+        with torch.inference_mode(False), self._lock:
+            self.loaded.attention.memory = RecordingMemory(self.loaded, base, tokens_1T.shape[1])
+            try:
+                self._run(tokens_1T, visit, None)
+            finally:
+                self.loaded.attention.memory = None
+        base.streams.update({layer: visit.readings[name] for layer, name in enumerate(names)})
+        return base
 
     def _name(self, name: str) -> str:
         return self.table.resolve(name).name
@@ -172,7 +189,7 @@ class GradientModel:
             named.setdefault(self._name(name), []).extend(steps)
         return named
 
-    def _run(self, tokens_BT: Tensor, visit: _Visit) -> Tensor:
+    def _run(self, tokens_BT: Tensor, visit: _Visit, resume: Resume | None) -> Tensor:
         removes: list[Remove] = []
         model, held = self.loaded.model, visit.freeze.held
         names = visit.points()
@@ -187,6 +204,8 @@ class GradientModel:
             if visit.freeze.patterns or visit.record:
                 names |= {p.name for p in self.table.points if p.name.endswith("attn.hook_pattern")}
             removes.append(attach(self.table, names, visit).remove)
+            if resume is not None:
+                return run_suffix(self.loaded, tokens_BT, resume)
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
             return self.loaded.family.forward_hidden(model, tokens_BT, positions)
         finally:

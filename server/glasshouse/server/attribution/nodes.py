@@ -39,6 +39,12 @@ class Node:
             return slice(None)
         return slice(self.position, self.position + 1 or None)
 
+    def shifted(self, start: int) -> slice:
+        """`positions` in a pass that begins at position `start`; an index from the end stays."""
+        if self.position is None or self.position < 0:
+            return self.positions
+        return slice(self.position - start, self.position - start + 1)
+
 
 def node_grid(
     model: GradientModel,

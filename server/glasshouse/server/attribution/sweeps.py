@@ -7,7 +7,9 @@ Activation patching (interchange intervention): I(n) = m(base | do(n <- other)) 
    noising the reverse. *zero*. *mean*: over all positions of all other inputs. *resample*: each node takes a
    random one of the other inputs, seeded.
 2. Nodes become rows of a batch on copies of the base; each row is edited at its node alone.
-3. Results are yielded batch by batch, in the order of the grid.
+3. A batch starts at the earliest layer and position that it patches, on one base run (`resuming`), unless a freeze
+   or a metric at an earlier position needs the whole pass.
+4. Results are yielded batch by batch, in the order of the grid.
 
 Causal mediation (https://arxiv.org/abs/2004.12265) reads off the same patches: total effect m(corrupt) - m(clean),
 indirect through the node m(clean | n <- corrupt) - m(clean), direct around it m(corrupt | n <- clean) - m(clean).
@@ -18,7 +20,7 @@ Shapes: B batch, T positions.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +31,7 @@ from glasshouse.server.attribution.gradient_model import Edit, GradientModel
 from glasshouse.server.attribution.metrics import Metric
 from glasshouse.server.attribution.nodes import Node
 from glasshouse.server.attribution.progress import Progress, silent
+from glasshouse.server.attribution.resuming import Resume
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
@@ -64,7 +67,7 @@ def patch_sweep(
     others: Tensor | None = None,
     seed: int = 0,
     freeze: Freeze = NOTHING_FROZEN,
-    batch_size: int = 32,
+    batch_size: int = 16,
     progress: Progress = silent,
 ) -> Iterator[list[PatchResult]]:
     """Patch every node of `nodes`, some at a time.
@@ -75,11 +78,12 @@ def patch_sweep(
     values = _replacements(model, base, nodes, replacement, others)
     choose = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        runner = _Runner(model, base, metric, freeze)
         base_value = float(metric(model.forward(base, read=metric.reads, freeze=freeze))[0])
     for first in range(0, len(nodes), batch_size):
         some = nodes[first : first + batch_size]
         row_values = [_choice(values[node.hook_point], choose) for node in some]
-        found = _patched(model, base, some, row_values, metric, freeze)
+        found = runner.values(some, row_values)
         yield [
             PatchResult(node=node, value=value, effect=value - base_value) for node, value in zip(some, found)
         ]
@@ -93,7 +97,7 @@ def mediate(
     nodes: Sequence[Node],
     metric: Metric,
     *,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> list[Mediation]:
     """Total, direct and indirect effect of the change of input, through each node."""
     clean, corrupt = model.tokens(clean_T), model.tokens(corrupt_T)
@@ -113,13 +117,18 @@ def mediate(
     ]
 
 
-def patching(model: GradientModel, nodes: Sequence[Node], values: Sequence[Tensor]) -> dict[str, list[Edit]]:
-    """Edits that set, in row i of a batch, node i to its part of `values[i]`, (T, width) or (width,)."""
+def patching(
+    model: GradientModel, nodes: Sequence[Node], values: Sequence[Tensor], *, start: int = 0
+) -> dict[str, list[Edit]]:
+    """Edits that set, in row i of a batch, node i to its part of `values[i]`, (T, width) or (width,).
+
+    `start` is the first position of the pass; no node may be earlier.
+    """
     edits: dict[str, list[Edit]] = {}
     for row, (node, value) in enumerate(zip(nodes, values)):
         columns = node.columns(model.table.resolve(node.hook_point))
         part = value[..., columns] if value.ndim == 1 else value[node.positions, columns]
-        edits.setdefault(node.hook_point, []).append(_set_part(row, node.positions, columns, part))
+        edits.setdefault(node.hook_point, []).append(_set_part(row, node.shifted(start), columns, part))
     return edits
 
 
@@ -130,19 +139,40 @@ def _set_part(row: int, positions: slice, columns: slice, part: Tensor) -> Edit:
     return edit
 
 
-@torch.no_grad()
-def _patched(
-    model: GradientModel,
-    base: Tensor,
-    nodes: Sequence[Node],
-    values: Sequence[Tensor],
-    metric: Metric,
-    freeze: Freeze,
-) -> list[float]:
-    rows = base.expand(len(nodes), -1)
-    edits = patching(model, nodes, values)
-    run = model.forward(rows, read=metric.reads, edits=edits, freeze=freeze)
-    return [float(value) for value in metric(run)]
+class _Runner:
+    """Patched passes over one base, each from the earliest place that it patches."""
+
+    def __init__(self, model: GradientModel, base: Tensor, metric: Metric, freeze: Freeze) -> None:
+        self._model, self._base, self._freeze = model, base, freeze
+        n_positions = base.shape[1]
+        read_at = metric.position % n_positions
+        self._read_at = read_at
+        self._metric = replace(metric, position=read_at - n_positions)  # the same place in any suffix
+        self._read_early = [model.table.resolve(name).layer or 0 for name in metric.reads]
+        self._run = model.base_run(base) if freeze == NOTHING_FROZEN else None
+
+    @torch.no_grad()
+    def values(self, nodes: Sequence[Node], values: Sequence[Tensor]) -> list[float]:
+        resume = self._resume(nodes)
+        run = self._model.forward(
+            self._base.expand(len(nodes), -1),
+            read=self._metric.reads,
+            edits=patching(self._model, nodes, values, start=0 if resume is None else resume.position),
+            freeze=self._freeze,
+            resume=resume,
+        )
+        return [float(value) for value in self._metric(run)]
+
+    def _resume(self, nodes: Sequence[Node]) -> Resume | None:
+        if self._run is None:
+            return None
+        n_positions = self._base.shape[1]
+        position = min(0 if node.position is None else node.position % n_positions for node in nodes)
+        points = [self._model.table.resolve(node.hook_point) for node in nodes]
+        layer = min([-1 if point.layer is None else point.layer for point in points] + self._read_early)
+        if layer < 0 or position > self._read_at:
+            return None
+        return Resume(base=self._run, layer=layer, position=position)
 
 
 @torch.no_grad()
