@@ -203,8 +203,7 @@ class _Trace:
 
     def run(self, max_features: int, update_interval: int) -> AttributionGraph:
         local, n_wanted = self._local, min(max_features, self._n_features)
-        run = local.linear_pass(min(self._batch_size, max(n_wanted, len(self._logits))))
-        n_rows = run.hidden.shape[0]
+        run, n_rows = local.linear_pass(), self._batch_size
         total, done = n_wanted + len(self._logits), 0
         last = local.tokens.shape[1] - 1
         targets = [Target(hook_point=None, position=last, vector=logit.vector) for logit in self._logits]

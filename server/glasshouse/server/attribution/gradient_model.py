@@ -73,21 +73,31 @@ class Pass:
         return self.pull_back([objective], [torch.ones_like(objective)], retain=retain)
 
     def pull_back(
-        self, outputs: Sequence[Tensor], vectors: Sequence[Tensor], *, retain: bool = False
+        self,
+        outputs: Sequence[Tensor],
+        vectors: Sequence[Tensor],
+        *,
+        retain: bool = False,
+        n_rows: int | None = None,
     ) -> dict[str, Tensor]:
-        """Vector-Jacobian products: `vectors` injected as the gradients of `outputs`, read at every probe."""
+        """Vector-Jacobian products: `vectors` injected as the gradients of `outputs`, read at every probe.
+
+        With `n_rows` the vectors and the results have that many rows in front: one graph serves all of them.
+        """
+        rows = () if n_rows is None else (n_rows,)
         pairs = [(o, v) for o, v in zip(outputs, vectors) if o.requires_grad]
         if not pairs:
-            return {name: torch.zeros_like(probe) for name, probe in self.probes.items()}
+            return {name: probe.new_zeros(*rows, *probe.shape) for name, probe in self.probes.items()}
         found = torch.autograd.grad(
             [o for o, _ in pairs],
             list(self.probes.values()),
             [v for _, v in pairs],
             retain_graph=retain,
             allow_unused=True,
+            is_grads_batched=n_rows is not None,
         )
         return {
-            name: torch.zeros_like(probe) if gradient is None else gradient
+            name: probe.new_zeros(*rows, *probe.shape) if gradient is None else gradient
             for (name, probe), gradient in zip(self.probes.items(), found)
         }
 

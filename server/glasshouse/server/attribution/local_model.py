@@ -4,12 +4,12 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
 1. One pass reads every transcoder's input, every MLP contribution and the embeddings, and records the attention
    patterns and norm scales. error = contribution - reconstruction; features and error are zero at position 0.
-2. A second pass, on copies of the prompt, with patterns and scales held and every MLP contribution y replaced by
+2. A second pass with patterns and scales held and every MLP contribution y replaced by
    skip + (y - skip).detach(): the numbers are the model's, and gradients flow along attention, norms and skips
    alone. It is linear from any contribution to any later transcoder input and to the logits.
 3. A row: a vector injected as the gradient at a target's input (a feature's encoder row, or an unembedding column
    less its mean over the vocabulary, after the final norm) gives, contracted with what every source writes, the
-   source's direct effect on the target.
+   source's direct effect on the target. Rows share one graph: their backward passes are one, with the rows in front.
 
 Reconstructions hold the decoder's bias, learned positions have no node: incoming edges do not sum to a
 pre-activation.
@@ -81,8 +81,8 @@ class LocalModel:
             vector=self._encoder_rows[feature],
         )
 
-    def linear_pass(self, n_rows: int) -> Pass:
-        """The second pass, on `n_rows` copies; its graph serves every row that is asked of it."""
+    def linear_pass(self) -> Pass:
+        """The second pass; its graph serves every row that is asked of it."""
         written = self.transcoders.written
         edits: dict[str, list[Edit]] = {}
         inputs: dict[str, Tensor] = {}
@@ -94,7 +94,7 @@ class LocalModel:
             if layer not in with_skip:
                 edits.setdefault(name, []).append(_detached)
         return self.model.forward(
-            self.tokens.expand(n_rows, -1),
+            self.tokens,
             read=self.inputs,
             differentiate=[EMBED, *written],
             edits=edits,
@@ -103,26 +103,26 @@ class LocalModel:
 
     def rows(self, run: Pass, targets: Sequence[Target]) -> Tensor:
         """(len(targets), n_sources): the direct effect of every source on each target."""
-        n_rows, n_positions = run.hidden.shape[:2]
-        assert len(targets) <= n_rows, "a pass has as many rows as it was made for"
+        n_targets, n_positions = len(targets), run.hidden.shape[1]
         vectors: dict[str | None, Tensor] = {}
         for row, target in enumerate(targets):
             if target.hook_point not in vectors:
-                vectors[target.hook_point] = torch.zeros(*run.hidden.shape, device=run.hidden.device)
-            vectors[target.hook_point][row, target.position] = target.vector
+                vectors[target.hook_point] = run.hidden.new_zeros(n_targets, *run.hidden.shape)
+            vectors[target.hook_point][row, 0, target.position] = target.vector
         outputs = [run.hidden if name is None else run.readings[name] for name in vectors]
-        gradients = run.pull_back(outputs, list(vectors.values()), retain=True)
+        found = run.pull_back(outputs, list(vectors.values()), retain=True, n_rows=n_targets)
+        gradients = {name: gradient[:, 0] for name, gradient in found.items()}
 
-        n_targets, n_features = len(targets), len(self.features)
+        n_features = len(self.features)
         out = torch.zeros(n_targets, self.n_sources, device=run.hidden.device)
         for layer, name in enumerate(self.transcoders.written):
-            gradient_BTD = gradients[name][:n_targets]
+            gradient_BTD = gradients[name]
             for position, (places, rows_mD) in self._writes.get(layer, {}).items():
                 out[:, places] += gradient_BTD[:, position] @ rows_mD.T
             start = n_features + layer * n_positions
             errors = torch.einsum("btd,td->bt", gradient_BTD, self.errors[layer])
             out[:, start : start + n_positions] = errors
-        tokens = torch.einsum("btd,td->bt", gradients[EMBED][:n_targets], self.embeddings)
+        tokens = torch.einsum("btd,td->bt", gradients[EMBED], self.embeddings)
         out[:, -n_positions:] = tokens
         return out
 
