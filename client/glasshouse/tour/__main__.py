@@ -6,7 +6,7 @@ import sys
 import time
 
 from glasshouse.client import Client, GlasshouseError
-from glasshouse.tour import crowd, mood, page, reading, refusals, writing
+from glasshouse.tour import crowd, features, mood, page, reading, refusals, writing
 from glasshouse.tour.guide import Guide, TourError
 from glasshouse.tour.screen import Screen
 from glasshouse.tour.server_process import ServerProcess, ServerProcessError
@@ -36,6 +36,9 @@ def take(screen: Screen) -> None:
             direction = mood.compute_direction(guide)
             mood.steer_both_ways(guide, direction)
             crowd.stream_together(guide, direction)
+            moods = features.find_mood_features(guide)
+            features.show_tokens(guide, moods)
+            features.steer_by_features(guide, moods)
             refusals.show_a_mistake(guide)
             page.show_metrics(guide)
         screen.stage("The end")

@@ -85,47 +85,44 @@ def steer_both_ways(guide: Guide, direction: Direction) -> None:
     screen.code(
         f"model.generate(story, ..., interventions=[add_vector({direction.hook_point!r}, direction, ±{COEFFICIENT:g})])"
     )
-    stories = _stories()
-    n_each = len(stories) // 2
-    prompts = [story for _, story in stories]
+    told = stories()
+    n_each = len(told) // 2
+    prompts = [story for _, story in told]
     plain, happier, sadder = (
-        _endings(guide, prompts, direction, c) for c in (0.0, COEFFICIENT, -COEFFICIENT)
+        endings_under(guide, prompts, direction.added(c)) for c in (0.0, COEFFICIENT, -COEFFICIENT)
     )
     shown = [*range(N_SHOWN), *range(n_each, n_each + N_SHOWN)]
     screen.table(
         ["the story so far", "as it is", f"+ {COEFFICIENT:g} x direction", f"- {COEFFICIENT:g} x direction"],
-        [
-            (_tail(prompts[i]), *(_coloured(endings[i]) for endings in (plain, happier, sadder)))
-            for i in shown
-        ],
+        [(tail(prompts[i]), *(coloured(endings[i]) for endings in (plain, happier, sadder))) for i in shown],
         lines=True,
         shares=(4, 3, 3, 3),
     )
     sad, happy = range(n_each), range(n_each, 2 * n_each)
-    turned_happy = _count(happier, sad, "happy")
-    turned_sad = _count(sadder, happy, "sad")
+    turned_happy = count(happier, sad, "happy")
+    turned_sad = count(sadder, happy, "sad")
     screen.table(
         ["endings, counted by their words", "as it is", "+", "-"],
         [
             (
                 f"happy, of {n_each} sad stories",
-                *(str(_count(e, sad, "happy")) for e in (plain, happier, sadder)),
+                *(str(count(e, sad, "happy")) for e in (plain, happier, sadder)),
             ),
             (
                 f"sad, of {n_each} happy stories",
-                *(str(_count(e, happy, "sad")) for e in (plain, happier, sadder)),
+                *(str(count(e, happy, "sad")) for e in (plain, happier, sadder)),
             ),
         ],
         right=[1, 2, 3],
     )
     turned = turned_happy + turned_sad
-    before = _count(plain, sad, "happy") + _count(plain, happy, "sad")
+    before = count(plain, sad, "happy") + count(plain, happy, "sad")
     screen.note(f"{turned} of {2 * n_each} endings turned by the direction; {before} are so without it.")
     expect(turned >= n_each, f"half of the endings turned, not {turned} of {2 * n_each}")
     expect(turned > before, "more of them turned than are so without it")
 
 
-def _stories() -> list[tuple[str, str]]:
+def stories() -> list[tuple[str, str]]:
     """(mood, prompt): first sad stories, then as many happy ones, none of which the direction was made from."""
     found: list[tuple[str, str]] = []
     for mood in ("sad", "happy"):
@@ -138,11 +135,10 @@ def _stories() -> list[tuple[str, str]]:
     return found
 
 
-def _endings(guide: Guide, prompts: Sequence[str], direction: Direction, coefficient: float) -> list[str]:
-    """The likeliest ending of each story, all generated at once."""
+def endings_under(guide: Guide, prompts: Sequence[str], edits: Sequence[Intervention]) -> list[str]:
+    """The likeliest ending of each story under edits of every position but BOS, all generated at once."""
 
     def ending(prompt: str) -> str:
-        edits = direction.added(coefficient)
         result = guide.model.generate(
             prompt, max_tokens=MAX_TOKENS, temperature=0.0, stop=["\n"], interventions=edits
         ).result()
@@ -155,15 +151,15 @@ def _endings(guide: Guide, prompts: Sequence[str], direction: Direction, coeffic
         return list(pool.map(ending, prompts))
 
 
-def _count(endings: Sequence[str], among: range, mood: str) -> int:
+def count(endings: Sequence[str], among: range, mood: str) -> int:
     return sum(mood_of(endings[index]) == mood for index in among)
 
 
-def _tail(prompt: str) -> str:
+def tail(prompt: str) -> str:
     return "..." + prompt[-76:].partition(" ")[2]
 
 
-def _coloured(ending: str) -> Text:
+def coloured(ending: str) -> Text:
     """The ending's first sentence, its mood's words in colour."""
     text = Text(ending.strip().partition(".")[0] + ".")
     for mood, words in WORDS.items():
