@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo serve test bench lint proto install clean
+.PHONY: help demo serve test bench peers lint proto install clean
 
 help: ## What there is to do
 	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ test: $(READY) ## Run the tests
 
 bench: $(READY) ## Measure the bars; results also in .bench/results.json
 	$(BIN)/python -m tests.bench
+
+peers: ## The owner libraries of the dictionary formats, for tests, in an environment of their own
+	test -x .cache/peers/venv/bin/python || $(PYTHON) tests/server/dictionaries/peers/install.py
 
 lint: $(READY) ## Style, types, floors, drift of the generated stubs
 	$(BIN)/ruff check .
