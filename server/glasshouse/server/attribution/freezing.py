@@ -63,8 +63,14 @@ def centred(kind: NormKind, x: Tensor) -> Tensor:
 
 
 def stop_gradient(tensor: Tensor) -> None:
-    """In place, for live activations (which may be views): the value stays, nothing flows further back."""
-    tensor.copy_(tensor.detach().clone())
+    """In place, for live activations: the value stays, nothing flows further back.
+
+    A view cannot leave its graph, so zeros flow back from it: right, but not free.
+    """
+    if tensor._is_view():
+        tensor.copy_(tensor.detach().clone())
+    else:
+        tensor.detach_()
 
 
 def freeze_norm(

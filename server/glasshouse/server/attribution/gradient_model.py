@@ -272,9 +272,9 @@ class _Visit:
     def _at_pattern(self, name: str, pattern: Tensor) -> None:
         if self.freeze.patterns:
             held = None if self.freeze.held is None else self.freeze.held.patterns.get(name)
+            if pattern.requires_grad:
+                stop_gradient(pattern)
             if held is not None:
                 pattern.copy_(held.expand_as(pattern))
-            elif pattern.requires_grad:
-                stop_gradient(pattern)
         if self.record:
             self.patterns[name] = pattern.detach().clone()

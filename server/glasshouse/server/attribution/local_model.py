@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glasshouse.server.attribution.freezing import Freeze
+from glasshouse.server.attribution.freezing import Freeze, stop_gradient
 from glasshouse.server.attribution.gradient_model import Edit, GradientModel, Pass
 from glasshouse.server.attribution.transcoders import ActiveFeatures, Transcoders
 
@@ -89,10 +89,8 @@ class LocalModel:
         for read, layer, W_skip in self.transcoders.skips():
             edits.setdefault(read, []).append(_noting(inputs, read))
             edits.setdefault(written[layer], []).append(_linear_in_skip(inputs, read, W_skip))
-        with_skip = {layer for _, layer, _ in self.transcoders.skips()}
-        for layer, name in enumerate(written):
-            if layer not in with_skip:
-                edits.setdefault(name, []).append(_detached)
+        for layer in range(len(written)):  # cut at the neurons, so that no MLP is walked through backwards
+            edits[f"blocks.{layer}.mlp.hook_post"] = [stop_gradient]
         return self.model.forward(
             self.tokens,
             read=self.inputs,
@@ -139,10 +137,6 @@ class LocalModel:
                 for position in sorted(set(positions.tolist()))
             }
         return found
-
-
-def _detached(live: Tensor) -> None:
-    live.copy_(live.detach().clone())
 
 
 def _noting(inputs: dict[str, Tensor], name: str) -> Edit:
