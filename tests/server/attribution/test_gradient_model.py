@@ -18,6 +18,7 @@ from glasshouse.server.attribution.metrics import (
     Probability,
 )
 from glasshouse.server.hooks.attachment import attach
+from glasshouse.server.hooks.attention import site_of
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.types.errors import FailedPrecondition
 
@@ -140,3 +141,22 @@ def test_models_without_hook_points_are_refused() -> None:
     bare = dataclasses.replace(loaded, family=dataclasses.replace(loaded.family, taps=()))
     with pytest.raises(FailedPrecondition, match="without hook points"):
         GradientModel(bare)
+
+
+def test_a_failing_edit_leaves_no_hook_behind(various: GradientModel, clean: Tensor) -> None:
+    class Broken(Exception):
+        pass
+
+    def fail(live: Tensor) -> None:
+        raise Broken
+
+    names = attachable(various)
+    with pytest.raises(Broken):
+        various.forward(
+            clean, read=names, edits={"blocks.1.hook_mlp_out": [fail]}, freeze=LINEAR, record=True
+        )
+    for module in various.loaded.model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    for module in various.loaded.family.attention_modules(various.loaded.model):
+        assert not site_of(module).tapped
+    various.forward(clean)
