@@ -23,8 +23,9 @@ activations are unlike all others, and its features mean nothing.
 
 ## Measured
 
-Held-out text: {text}. {n_positions:,} positions (BOS left out) for L0, dead
-features and explained variance; a feature is dead when it never fired on them. {n_loss:,} tokens for the loss.
+Held-out text: {text}.
+{n_positions:,} positions (BOS left out) for L0, dead features and explained variance; a feature is dead when it
+never fired on them. {n_loss:,} tokens for the loss.
 
 | Name | Saved as (trained as) | Features | L0 | Dead | EV | FVU | Shrinkage | Loss recovered | Rise | MiB | Gates |
 |---|---|---|---|---|---|---|---|---|---|---|---|
@@ -98,7 +99,7 @@ def write_card(
     measured = report["dictionaries"]
     text = "the generator's validation split"
     if with_collections:
-        text += ", and the unseen ends of the two collections, in the shares of the training corpus"
+        text += ",\nand the unseen ends of the two collections, in the shares of the training corpus"
     several = [entry for entry in measured if len(entry["hook_points_out"]) > 1]
     filled = _TEXT.format(
         text=text,

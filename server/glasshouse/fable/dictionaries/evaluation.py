@@ -36,7 +36,7 @@ from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models.loading import load_model
 
 PACKAGED = Path(__file__).parent / "weights"
-_CHUNK_POSITIONS = 20_000
+_CHUNK_POSITIONS = 6_000
 _CHARS_PER_TOKEN = 4.2
 
 
@@ -185,6 +185,24 @@ def print_gates(measurements: Sequence[Measurement]) -> bool:
     return not missed
 
 
+def write_report(
+    folder: Path, table: HookTable, measurements: Sequence[Measurement], *, with_collections: bool
+) -> None:
+    """Writes measurements.json and CARD.md; dictionaries that were not measured now keep their figures."""
+    file = folder / "measurements.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["dictionaries"] if file.exists() else []
+    entries = {entry["name"]: entry for entry in known}
+    entries |= {m.name: asdict(m) | {"gates_hold": all(gate.holds for gate in m.gates)} for m in measurements}
+    opened = [open_dictionary(name, folder / name) for name in sorted(entries)]
+    streams = [dictionary for dictionary in opened if dictionary.facts.kind in ("sae", "crosscoder")]
+    report = {
+        "dictionaries": [entries[name] for name in sorted(entries)],
+        "latents": [asdict(found) for found in find_latent_features(table, streams)],
+    }
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_card(folder / "CARD.md", report, with_collections=with_collections)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Measure fable's dictionaries on held-out text.")
@@ -192,8 +210,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="folders under --dictionaries")
     parser.add_argument("--model", type=Path, default=model_path(), help="default: the packaged weights")
     parser.add_argument("--corpora", type=Path, help="folder of the public collections")
-    parser.add_argument("--positions", type=int, default=300_000, help="for L0, dead and variance")
-    parser.add_argument("--loss-positions", type=int, default=40_000, help="for the loss recovered")
+    parser.add_argument("--positions", type=int, default=200_000, help="for L0, dead and variance")
+    parser.add_argument("--loss-positions", type=int, default=20_000, help="for the loss recovered")
     parser.add_argument("--write", action="store_true", help="write measurements.json and CARD.md")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
@@ -207,15 +225,7 @@ def main() -> None:
     measurements = measure(table, paths, rows, args.loss_positions)
     all_hold = print_gates(measurements)
     if args.write:
-        streams = [open_dictionary(path.name, path) for path in paths]
-        streams = [dictionary for dictionary in streams if dictionary.facts.kind in ("sae", "crosscoder")]
-        report = {
-            "dictionaries": [asdict(m) | {"gates_hold": all(g.holds for g in m.gates)} for m in measurements],
-            "latents": [asdict(found) for found in find_latent_features(table, streams)],
-        }
-        text = json.dumps(report, indent=1) + "\n"
-        (args.dictionaries / "measurements.json").write_text(text, encoding="utf-8")
-        write_card(args.dictionaries / "CARD.md", report, with_collections=args.corpora is not None)
+        write_report(args.dictionaries, table, measurements, with_collections=args.corpora is not None)
     sys.exit(0 if all_hold else 1)
 
 

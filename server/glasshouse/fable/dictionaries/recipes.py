@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["sae", "transcoder", "crosscoder", "cross_layer_transcoder"]
 Architecture = Literal["standard", "gated", "jumprelu", "topk", "batchtopk"]
@@ -32,7 +32,7 @@ class DictionaryRecipe:
     hook_points_out: tuple[str, ...]
     d_sae: int = 1024
     target_l0: float = 32.0
-    n_tokens: int = 3_000_000
+    n_tokens: int = 2_400_000
     batch_size: int = 2048
     lr: float = 2e-3
     warmup_steps: int = 100
@@ -77,6 +77,12 @@ _SAE_ARCHITECTURES: tuple[Architecture, ...] = (
     "jumprelu",
 )
 
+#: What the loss is most sensitive to gets more features at a position and more training.
+_HARDER: dict[str, dict[str, Any]] = {
+    "resid-post-5": {"target_l0": 38.0, "n_tokens": 4_800_000},
+    "transcoder-3": {"target_l0": 39.0, "n_tokens": 4_800_000},
+}
+
 RECIPES: tuple[DictionaryRecipe, ...] = (
     *(
         DictionaryRecipe(
@@ -85,6 +91,7 @@ RECIPES: tuple[DictionaryRecipe, ...] = (
             architecture=architecture,
             hook_points_in=(_RESIDUALS[layer],),
             hook_points_out=(_RESIDUALS[layer],),
+            **_HARDER.get(f"resid-post-{layer}", {}),
         )
         for layer, architecture in enumerate(_SAE_ARCHITECTURES)
     ),
@@ -96,7 +103,7 @@ RECIPES: tuple[DictionaryRecipe, ...] = (
             hook_points_in=(_MLP_INPUTS[layer],),
             hook_points_out=(_MLP_OUTPUTS[layer],),
             d_sae=1536,
-            target_l0=36.0,
+            **{"target_l0": 36.0, **_HARDER.get(f"transcoder-{layer}", {})},
         )
         for layer in range(N_LAYERS)
     ),
@@ -108,7 +115,7 @@ RECIPES: tuple[DictionaryRecipe, ...] = (
         hook_points_out=_MLP_OUTPUTS,
         d_sae=512 * N_LAYERS,
         target_l0=36.0,
-        n_tokens=2_000_000,
+        n_tokens=1_800_000,
         batch_size=1024,
     ),
     DictionaryRecipe(
