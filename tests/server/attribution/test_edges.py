@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glasshouse.server.attribution.edge_attribution import attribute_edges
 from glasshouse.server.attribution.edge_patching import forward_with_edges
+from glasshouse.server.attribution.edge_verification import verify_edges
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.metrics import LogitDifference
 from glasshouse.server.attribution.wiring import Wiring
@@ -97,6 +98,26 @@ def test_eap_ig_averages_the_path_from_corrupt(
             run = forward_with_edges(wiring, clean, target, mask)
         expected += torch.autograd.grad(METRIC(run).sum(), mask)[0] / 3
     torch.testing.assert_close(found.scores, expected, rtol=1e-3, atol=2e-5)
+
+
+def test_verification_is_path_patching_along_the_edge(
+    various: GradientModel, clean: Tensor, corrupt: Tensor
+) -> None:
+    """The direct edges to the logits by hand: the last stream moved by the difference of the contributions."""
+    wiring, last = Wiring(various), "blocks.2.hook_resid_post"
+    scores = attribute_edges(various, clean, corrupt, METRIC, wiring=wiring)
+    found = verify_edges(wiring, clean, corrupt, METRIC, scores, top=int(wiring.valid.sum()))
+    difference = corrupt_contributions(wiring, corrupt) - corrupt_contributions(wiring, clean)
+    plain = METRIC(various.forward(clean)).item()
+    checked = 0
+    for (source, destination), exact in zip(found.edges, found.exact):
+        if destination.kind == "logits":
+            delta = difference[wiring.sources.index(source)]
+            moved = METRIC(various.forward(clean, edits={last: [lambda x, d=delta: x.add_(d)]})).item()
+            assert exact == pytest.approx(moved - plain, abs=3e-5)
+            checked += 1
+    assert checked == len(wiring.sources)
+    assert found.rank_correlation > 0.5
 
 
 def test_inputs_of_two_lengths_are_refused(various: GradientModel, clean: Tensor) -> None:

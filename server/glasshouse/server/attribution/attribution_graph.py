@@ -130,7 +130,7 @@ class AttributionGraph:
 
     def adjacency(self) -> Tensor:
         """(n_nodes, n_nodes) dense, rows = targets: only for small graphs and tests."""
-        dense = torch.zeros(self.edges.n_nodes, self.edges.n_nodes)
+        dense = torch.zeros(self.edges.n_nodes, self.edges.n_nodes, device=self.tokens.device)
         dense[self.edges.targets, self.edges.sources] = self.edges.weights
         return dense
 

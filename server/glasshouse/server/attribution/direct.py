@@ -109,7 +109,9 @@ def attribute_directly(
     parts = {name: _part(run, name, direction, position) for name in [*embeddings, *blocks]}
     heads, neurons = [], []
     for layer in layers:
-        z, post = (_inner_parts(run, f"blocks.{layer}.", which, direction, position) for which in (0, 1))
+        block = f"blocks.{layer}."
+        z = _inner_parts(run, block + "hook_attn_out", block + "attn.hook_z", direction, position)
+        post = _inner_parts(run, block + "hook_mlp_out", block + "mlp.hook_post", direction, position)
         heads.append(split_heads(z, loaded.n_heads).sum(-1))
         neurons.append(post)
     heads_LH, neurons_LF = torch.stack(heads), torch.stack(neurons)
@@ -170,12 +172,8 @@ def _part(run: Pass, name: str, direction: Tensor, position: int) -> float:
     return float(run.readings[name][0, position].detach() @ direction)
 
 
-def _inner_parts(run: Pass, block: str, which: int, direction: Tensor, position: int) -> Tensor:
+def _inner_parts(run: Pass, contribution: str, inner: str, direction: Tensor, position: int) -> Tensor:
     """(width,): z or the neurons of one layer at the position, times their gradient to the contribution . d."""
-    contribution, inner = (
-        (block + "hook_attn_out", block + "attn.hook_z"),
-        (block + "hook_mlp_out", block + "mlp.hook_post"),
-    )[which]
     objective = run.readings[contribution][0, position] @ direction
     (gradient,) = torch.autograd.grad(objective, run.probes[inner], retain_graph=True)
     return (gradient[0, position] * run.readings[inner][0, position]).detach()
