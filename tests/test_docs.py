@@ -1,4 +1,4 @@
-"""The examples of README.md and server/README.md run, against a real server, in the order in which they are written."""
+"""The examples of README.md and of the server's pages run, against a real server, in the order in which they are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from glasshouse.tour.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "server/README.md")
+PAGES = ("README.md", "server/README.md", "server/dictionaries.md")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
