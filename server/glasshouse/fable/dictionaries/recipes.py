@@ -77,7 +77,7 @@ _SAE_ARCHITECTURES: tuple[Architecture, ...] = (
     "jumprelu",
 )
 
-#: What the loss is most sensitive to gets more features at a position and more training.
+#: Where the loss recovered was hardest: more features at a position and more training.
 _HARDER: dict[str, dict[str, Any]] = {
     "resid-post-5": {"target_l0": 38.0, "n_tokens": 4_800_000},
     "transcoder-3": {"target_l0": 39.0, "n_tokens": 4_800_000},

@@ -213,7 +213,7 @@ def main() -> None:
         "--only", nargs="+", metavar="NAME", help="; ".join(recipe.name for recipe in RECIPES)
     )
     parser.add_argument("--budget-tokens", type=int, help="positions to train each on; default: its recipe's")
-    parser.add_argument("--harvest-tokens", type=int, default=2_000_000, help="distinct positions")
+    parser.add_argument("--harvest-tokens", type=int, default=1_300_000, help="distinct positions")
     parser.add_argument("--harvest-only", action="store_true")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
