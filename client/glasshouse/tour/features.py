@@ -109,7 +109,7 @@ def find_mood_features(guide: Guide) -> MoodFeatures:
 def show_tokens(guide: Guide, moods: MoodFeatures) -> None:
     """Step 2: a story tinted by each feature."""
     screen = guide.screen
-    screen.code(f"sae.encode({STORY!r}, features={[f.index for f in moods.found]})")
+    screen.code(f"sae.encode(story, features={[f.index for f in moods.found]})")
     encoded = moods.dictionary.encode(STORY, features=[f.index for f in moods.found])
     values = encoded.dense(moods.dictionary.info.d_sae)
     for feature in moods.found:

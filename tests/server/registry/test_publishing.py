@@ -14,9 +14,8 @@ from tests.server.registry import drafts
 
 from glasshouse.server.registry.names import Kind, Reference, parse
 from glasshouse.server.registry.records import Draft, FeatureLabel, Provenance
-from glasshouse.server.registry.refusals import AlreadyExists
 from glasshouse.server.registry.registry import Registry
-from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, NotFound
+from glasshouse.server.types.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 
 MOOD = Reference(kind=Kind.DIRECTION, model="fable", name="mood")
 

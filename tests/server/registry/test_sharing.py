@@ -22,11 +22,10 @@ from glasshouse.server.registry.database import Database
 from glasshouse.server.registry.migrations import MIGRATIONS, Migration, migrate
 from glasshouse.server.registry.names import Kind
 from glasshouse.server.registry.records import Record
-from glasshouse.server.registry.refusals import AlreadyExists
 from glasshouse.server.registry.registry import Registry
 from glasshouse.server.registry.tables import metadata
 from glasshouse.server.registry.watching import RegistryWatch
-from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, Unavailable
+from glasshouse.server.types.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable
 
 PUBLISHER = Path(__file__).with_name("publisher.py")
 KILLS = 20

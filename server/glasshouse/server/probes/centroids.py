@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.cluster import KMeans
 
-from glasshouse.server.probes import refusals
 from glasshouse.server.probes.examples import FloatRows, IntRows, check_rows
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
@@ -64,7 +63,7 @@ def fit_centroids(rows: FloatRows, *, n_clusters: int = 2, seed: int = 0, n_star
     if n_different < n_clusters:
         raise InvalidArgument(
             f"{n_different} different examples do not make {n_clusters} clusters",
-            reason=refusals.TOO_FEW_EXAMPLES,
+            reason=reasons.TOO_FEW_EXAMPLES,
             field="n_clusters",
             value=n_clusters,
             remedy="add examples or ask for fewer clusters",

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from glasshouse.server.probes import refusals
 from glasshouse.server.probes.examples import FloatRows, IntRows
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
@@ -112,7 +111,7 @@ def _classes(scores: FloatRows, labels: IntRows) -> tuple[FloatRows, FloatRows]:
     if not len(positive) or not len(negative):
         raise InvalidArgument(
             f"{len(positive)} positive and {len(negative)} negative examples to judge by",
-            reason=refusals.ONE_CLASS_ONLY,
+            reason=reasons.ONE_CLASS_ONLY,
             field="labels",
             value=len(scores),
             remedy="hold out examples of both classes",

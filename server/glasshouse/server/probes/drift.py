@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from glasshouse.server.probes import refusals
 from glasshouse.server.probes.examples import FloatRows
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
@@ -46,7 +45,7 @@ class ScoreHistogram:
         if n_bins < 2 or scores.ndim != 1 or len(scores) < n_bins:
             raise InvalidArgument(
                 f"{scores.size} calibration scores do not fill {n_bins} bins",
-                reason=refusals.TOO_FEW_EXAMPLES if n_bins >= 2 else reasons.VALUE_OUT_OF_RANGE,
+                reason=reasons.TOO_FEW_EXAMPLES if n_bins >= 2 else reasons.VALUE_OUT_OF_RANGE,
                 field="calibration_scores",
                 value=scores.shape,
                 remedy="calibrate on more examples, or use fewer bins, at least 2",

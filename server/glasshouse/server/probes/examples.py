@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from glasshouse.server.probes import refusals
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
@@ -153,7 +152,7 @@ def _check_counts(counts: Mapping[str, int], field: str) -> None:
     if len(present) < 2:
         raise InvalidArgument(
             f"one class only: every example is {present[0]}" if present else "there are no examples",
-            reason=refusals.ONE_CLASS_ONLY if present else reasons.EMPTY_INPUT,
+            reason=reasons.ONE_CLASS_ONLY if present else reasons.EMPTY_INPUT,
             field=field,
             value=", ".join(f"{n} {what}" for what, n in counts.items()),
             remedy="add examples of the other class",
@@ -162,7 +161,7 @@ def _check_counts(counts: Mapping[str, int], field: str) -> None:
         if n < MIN_EXAMPLES_PER_CLASS:
             raise InvalidArgument(
                 f"{n} examples {what}, at least {MIN_EXAMPLES_PER_CLASS} are needed",
-                reason=refusals.TOO_FEW_EXAMPLES,
+                reason=reasons.TOO_FEW_EXAMPLES,
                 field=field,
                 value=n,
                 remedy=f"add {MIN_EXAMPLES_PER_CLASS - n} or more examples {what}",

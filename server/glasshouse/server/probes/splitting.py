@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glasshouse.server.probes import refusals
 from glasshouse.server.probes.examples import BoolRows, IntRows, LabelledActivations, Task
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
@@ -107,7 +106,7 @@ def _both_classes(examples: LabelledActivations, rows: IntRows, side: str) -> No
         name = examples.label_names[1 if examples.task is Task.BINARY else column]
         raise InvalidArgument(
             f"the {len(rows)} {side} examples hold one side of {name!r} only",
-            reason=refusals.TOO_FEW_EXAMPLES,
+            reason=reasons.TOO_FEW_EXAMPLES,
             field="examples",
             value=name,
             remedy="add examples, in more groups, or change held_out_share",

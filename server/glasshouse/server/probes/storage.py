@@ -21,12 +21,12 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 from torch import Tensor
 
-from glasshouse.server.probes import refusals
 from glasshouse.server.probes.calibration import Calibration, IsotonicScaling, PlattScaling
 from glasshouse.server.probes.examples import Task
 from glasshouse.server.probes.pooling import Pooling
 from glasshouse.server.probes.served import Affine, ProbeFacts, ProbeKind, ServedProbe
 from glasshouse.server.types.errors import FailedPrecondition
+from glasshouse.wire import reasons
 
 FORMAT = 1
 
@@ -175,7 +175,7 @@ def load(folder: Path) -> ServedProbe:
 def _malformed(path: str, message: str) -> FailedPrecondition:
     return FailedPrecondition(
         f"{path}: {message}",
-        reason=refusals.PROBE_MALFORMED,
+        reason=reasons.PROBE_MALFORMED,
         field="path",
         value=path,
         remedy="train or export the probe again",

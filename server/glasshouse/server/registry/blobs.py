@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from glasshouse.server.registry import refusals
 from glasshouse.server.registry.records import Arrays
 from glasshouse.server.types.errors import FailedPrecondition, Unavailable
+from glasshouse.wire import reasons
 
 _NAME = re.compile(r"([0-9a-f]{64})\.safetensors")
 
@@ -130,7 +130,7 @@ class BlobStore:
     def _damaged(self, digest: str, what: str) -> FailedPrecondition:
         return FailedPrecondition(
             f"the tensors {digest[:12]} {what}",
-            reason=refusals.BLOB_DAMAGED,
+            reason=reasons.BLOB_DAMAGED,
             field="registry.blobs",
             value=digest,
             remedy="restore the blob folder from a copy, or publish a new version",
@@ -139,7 +139,7 @@ class BlobStore:
     def _unavailable(self, error: OSError) -> Unavailable:
         return Unavailable(
             f"the registry's blob store does not answer ({type(error).__name__})",
-            reason=refusals.REGISTRY_UNAVAILABLE,
+            reason=reasons.REGISTRY_UNAVAILABLE,
             remedy="check the space and the rights of the blob folder, then try again",
             retry_after_s=1.0,
         )

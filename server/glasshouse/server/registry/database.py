@@ -21,7 +21,6 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, exc
 from sqlalchemy.engine import URL, make_url
 
-from glasshouse.server.registry import refusals
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, Unavailable
 from glasshouse.wire import reasons
 
@@ -87,7 +86,7 @@ class Database:
     def _damaged(self, why: str) -> FailedPrecondition:
         return FailedPrecondition(
             f"the registry's file is damaged or no database ({why})",
-            reason=refusals.REGISTRY_MISMATCH,
+            reason=reasons.REGISTRY_MISMATCH,
             field="registry.url",
             value=self.location,
             remedy="restore it from a copy, or name another file",
@@ -96,7 +95,7 @@ class Database:
     def _unavailable(self, why: str) -> Unavailable:
         return Unavailable(
             f"the registry's database does not answer ({why})",
-            reason=refusals.REGISTRY_UNAVAILABLE,
+            reason=reasons.REGISTRY_UNAVAILABLE,
             remedy="try again; generation and what is already loaded go on meanwhile",
             retry_after_s=1.0,
         )

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, insert, inspect, select, text
 
-from glasshouse.server.registry import refusals
 from glasshouse.server.registry.database import Database
 from glasshouse.server.registry.tables import schema_versions
 from glasshouse.server.types.errors import FailedPrecondition
+from glasshouse.wire import reasons
 
 # Names sort by their bytes on both: SQLite does so by itself, PostgreSQL under the collation "C".
 _WORDS: Mapping[str, Mapping[str, str]] = {
@@ -117,7 +117,7 @@ def migrate(database: Database, steps: Sequence[Migration] = MIGRATIONS) -> int:
         if done > newest:
             raise FailedPrecondition(
                 f"the registry's tables are of version {done}, this server knows {newest}",
-                reason=refusals.REGISTRY_MISMATCH,
+                reason=reasons.REGISTRY_MISMATCH,
                 field="registry.url",
                 value=done,
                 remedy="run the newer server, or use another database",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, RowMapping, Select, delete, func, insert, select, tuple_, update
 
-from glasshouse.server.registry import pages, refusals, rows
+from glasshouse.server.registry import pages, rows
 from glasshouse.server.registry.blobs import BlobStore, encode
 from glasshouse.server.registry.database import Database
 from glasshouse.server.registry.events import EventLog
@@ -30,7 +30,7 @@ from glasshouse.server.registry.migrations import migrate
 from glasshouse.server.registry.names import Kind, Reference
 from glasshouse.server.registry.records import Draft, FeatureLabel, Record, RecordPage
 from glasshouse.server.registry.tables import changes, entries, feature_labels, uses
-from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, NotFound
+from glasshouse.server.types.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from glasshouse.wire import reasons
 
 # A publisher has this long between writing a blob and naming it before a sweep may look at it.
@@ -218,7 +218,7 @@ class Registry:
                 names = [str(rows.record_of(row).reference) for row in users]
                 raise FailedPrecondition(
                     f"{reference} is used by {', '.join(names[:5])}",
-                    reason=refusals.IN_USE,
+                    reason=reasons.IN_USE,
                     field=field,
                     value=str(reference),
                     remedy="delete what uses it first",
@@ -350,9 +350,9 @@ def _already(connection: Connection, draft: Draft, version: int, free: int, cont
     )
     if row is not None and row["content_hash"] == content_hash and row["deleted_us"] is None:
         return rows.record_of(row)
-    raise refusals.AlreadyExists(
+    raise AlreadyExists(
         f"version {version} of {draft.name!r} is published already; the next is {free}",
-        reason=refusals.NAME_TAKEN,
+        reason=reasons.NAME_TAKEN,
         field="name",
         value=f"{draft.name}@{version}",
         remedy=f"publish version {free}, or under another name",

@@ -34,6 +34,7 @@ CODES: Mapping[type[ServingError], grpc.StatusCode] = MappingProxyType(
     {
         errors.InvalidArgument: Code.INVALID_ARGUMENT,
         errors.NotFound: Code.NOT_FOUND,
+        errors.AlreadyExists: Code.ALREADY_EXISTS,
         errors.FailedPrecondition: Code.FAILED_PRECONDITION,
         errors.ResourceExhausted: Code.RESOURCE_EXHAUSTED,
         errors.Unauthenticated: Code.UNAUTHENTICATED,

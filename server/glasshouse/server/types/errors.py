@@ -5,6 +5,7 @@
     ServingError
     ├── InvalidArgument        a field of the request is wrong, whatever the server's state
     ├── NotFound               a named resource does not exist (closest names offered)
+    ├── AlreadyExists          a name and version are taken by something else
     ├── FailedPrecondition     the request is fine, this server or model cannot serve it
     ├── ResourceExhausted      a bound is reached: queue, bytes, budget (retry where it says so)
     ├── Unauthenticated        no valid key
@@ -84,6 +85,10 @@ class NotFound(ServingError):
         self.resource_type = resource_type
         self.resource_name = resource_name
         self.closest = closest
+
+
+class AlreadyExists(ServingError):
+    """A name and version are taken by something else."""
 
 
 class FailedPrecondition(ServingError):
