@@ -1,4 +1,4 @@
-"""The examples of README.md and of the server's pages run, against a real server, in the order in which they are written."""
+"""The examples of README.md and of the server's pages run, against a real server, in the order they are written."""
 
 from __future__ import annotations
 

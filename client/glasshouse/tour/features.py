@@ -113,14 +113,18 @@ def show_tokens(guide: Guide, moods: MoodFeatures) -> None:
     encoded = moods.dictionary.encode(STORY, features=[f.index for f in moods.found])
     values = encoded.dense(moods.dictionary.info.d_sae)
     for feature in moods.found:
-        line = Text(f"   {feature.mood} ")
+        line = Text(f"   {feature.mood}:  ")
         for token, value in zip(encoded.tokens[1:], values[1:, feature.index], strict=True):
             line.append(token, style=_tint(feature, float(value)))
         screen.put(line)
         strongest = np.argsort(-values[1:, feature.index])[:3] + 1
         screen.note(
             "strongest on "
-            + ", ".join(f"{encoded.tokens[i].strip()!r} {values[i, feature.index]:.1f}" for i in strongest)
+            + ", ".join(
+                f"{encoded.tokens[i].strip()!r} {values[i, feature.index]:.1f}"
+                for i in strongest
+                if values[i, feature.index]
+            )
         )
 
 
