@@ -6,7 +6,17 @@ from collections.abc import Callable, Mapping
 
 from ..harness import Report
 from ..workbench import Workbench
-from . import concurrency, exactness, extraction, startup, static_batch, steering, transport
+from . import (
+    concurrency,
+    dictionaries,
+    exactness,
+    extraction,
+    features,
+    startup,
+    static_batch,
+    steering,
+    transport,
+)
 
 Bar = Callable[[Workbench, Report], None]
 
@@ -18,4 +28,6 @@ BARS: Mapping[str, Bar] = {
     "steering": steering.run,
     "transport": transport.run,
     "extraction": extraction.run,
+    "features": features.run,
+    "dictionaries": dictionaries.run,
 }
