@@ -73,6 +73,19 @@ class SiteCapture:
             return row[first : last + 1]
         return row[share.columns]
 
+    def rows_of(self, shares: Sequence[Share]) -> Tensor:
+        """The cells of shares of one position each, (n, W), in one gather."""
+        assert self.tensor is not None, f"{self.point.name} was planned and did not run"
+        if self.rows_N is not None:
+            places = [share.offset for share in shares]
+            cells = self.tensor
+        else:
+            places = [share.row for share in shares]
+            cells = self.tensor[:, 0]
+        if len(places) == cells.shape[0] and places == list(range(len(places))):
+            return cells
+        return cells[torch.tensor(places, device=cells.device)]
+
 
 @dataclass(eq=False, kw_only=True)
 class CapturePlan:

@@ -12,7 +12,7 @@ from torch import Tensor
 from glasshouse.server.types.readouts import Array, FeatureRows, PromptReadout, ReadoutValue, TopTokens
 
 from .capture import CapturePlan, Share, SiteCapture, to_host
-from .features import FeatureTable, concatenate, encode_captures
+from .features import FeatureTable, concatenate, encode_step
 from .lens import top_tokens
 from .prepared import PreparedReadout
 
@@ -46,8 +46,8 @@ def collect_step(plan: CapturePlan, lens: Lens, stops: Sequence[int]) -> dict[in
             rows = torch.cat([site.values(share) for share in shares])
             for share, tokens in zip(shares, top_tokens(lens(rows), top_k), strict=True):
                 found.setdefault(share.row, {})[share.readout.index] = tokens
-    for (row, index), table in encode_captures(plan).items():
-        found.setdefault(row, {})[index] = table.at(0)
+    for row, index, features in encode_step(plan):
+        found.setdefault(row, {})[index] = features
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from glasshouse.server.dictionaries.features import NO_FEATURE
 from glasshouse.server.types.readouts import FeatureActivations, FeatureRows
 
-from .capture import CapturePlan
+from .capture import CapturePlan, Share
 from .prepared import PreparedReadout
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class FeatureTable:
     """Features of n positions: `ids` int32 (n, k) with NO_FEATURE in empty slots, `activations` float32 (n, k)."""
 
@@ -26,10 +27,21 @@ class FeatureTable:
 
     def at(self, row: int) -> FeatureActivations:
         """The features of one position."""
-        if not self.padded:
-            return FeatureActivations(self.ids[row], self.activations[row])
-        n_found = int((self.ids[row] != NO_FEATURE).sum())
+        n_found = self._counts[row]
         return FeatureActivations(self.ids[row, :n_found], self.activations[row, :n_found])
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        if not self.padded:
+            return [self.ids.shape[1]] * self.ids.shape[0]
+        counts: list[int] = (self.ids != NO_FEATURE).sum(axis=1).tolist()
+        return counts
+
+    def part(self, start: int, stop: int) -> FeatureTable:
+        """Some of its rows."""
+        return FeatureTable(
+            ids=self.ids[start:stop], activations=self.activations[start:stop], padded=self.padded
+        )
 
     def rows(self) -> FeatureRows:
         """All positions as compressed sparse rows."""
@@ -50,6 +62,15 @@ def concatenate(tables: Sequence[FeatureTable]) -> FeatureTable:
     )
 
 
+# Readouts that ask the same of the same dictionary: what one encode answers.
+_Question = tuple[int, int, tuple[int, ...]]
+
+
+def _question(readout: PreparedReadout) -> _Question:
+    asked = () if readout.feature_ids is None else tuple(readout.feature_ids.tolist())
+    return id(readout.dictionary), readout.top_k, asked
+
+
 def encode_captures(plan: CapturePlan) -> dict[tuple[int, int], FeatureTable]:
     """Every feature readout of a pass: (row of the batch, readout index) -> its features at the positions captured."""
     gathered: dict[tuple[int, int], tuple[PreparedReadout, list[Tensor]]] = {}
@@ -59,10 +80,9 @@ def encode_captures(plan: CapturePlan) -> dict[tuple[int, int], FeatureTable]:
         key = (share.row, share.readout.index)
         entry = gathered.setdefault(key, (share.readout, [torch.empty(0)] * len(share.readout.points)))
         entry[1][share.source] = site.values(share)
-    groups: dict[tuple[int, int, tuple[int, ...]], list[tuple[int, int]]] = {}
+    groups: dict[_Question, list[tuple[int, int]]] = {}
     for key, (readout, _) in gathered.items():
-        asked = () if readout.feature_ids is None else tuple(readout.feature_ids.tolist())
-        groups.setdefault((id(readout.dictionary), readout.top_k, asked), []).append(key)
+        groups.setdefault(_question(readout), []).append(key)
     tables: dict[tuple[int, int], FeatureTable] = {}
     for keys in groups.values():
         readout = gathered[keys[0]][0]
@@ -70,12 +90,29 @@ def encode_captures(plan: CapturePlan) -> dict[tuple[int, int], FeatureTable]:
         table = encode(readout, torch.cat(inputs))
         offset = 0
         for key, rows in zip(keys, inputs, strict=True):
-            stop = offset + rows.shape[0]
-            tables[key] = FeatureTable(
-                ids=table.ids[offset:stop], activations=table.activations[offset:stop], padded=table.padded
-            )
-            offset = stop
+            tables[key] = table.part(offset, offset + rows.shape[0])
+            offset += rows.shape[0]
     return tables
+
+
+def encode_step(plan: CapturePlan) -> Iterator[tuple[int, int, FeatureActivations]]:
+    """The same of a pass of one token a row, without a table a row: (row of the batch, readout index, features)."""
+    groups: dict[_Question, tuple[PreparedReadout, list[tuple[int, int]], list[list[Tensor]]]] = {}
+    for site in plan.sites.values():
+        merged: dict[tuple[_Question, int], list[Share]] = {}
+        for share in site.shares:
+            if share.readout.dictionary is not None:
+                merged.setdefault((_question(share.readout), share.source), []).append(share)
+        for (question, source), shares in merged.items():
+            first = shares[0].readout
+            entry = groups.setdefault(question, (first, [], [[] for _ in first.points]))
+            entry[2][source].append(site.rows_of(shares))
+            if source == 0:
+                entry[1].extend((share.row, share.readout.index) for share in shares)
+    for readout, keys, sources in groups.values():
+        table = encode(readout, _stacked([torch.cat(parts) for parts in sources]))
+        for place, (row, index) in enumerate(keys):
+            yield row, index, table.at(place)
 
 
 def _stacked(sources: Sequence[Tensor]) -> Tensor:
