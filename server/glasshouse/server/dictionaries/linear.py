@@ -13,7 +13,7 @@ Section 6 of the formats' reference; `parameters.py` says what the parts are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import cast
 
@@ -31,6 +31,8 @@ from glasshouse.wire import reasons
 
 #: Rows of a decoder read at a time when all its norms are wanted.
 NORM_ROWS = 8192
+#: An encoder of at most this many elements is kept in float32 beside its stored form once it has been used.
+KEPT_WIDE = 4 << 20
 
 
 class LinearDictionary(Dictionary):
@@ -58,6 +60,7 @@ class LinearDictionary(Dictionary):
             model_name=p.model_name,
             notes=p.notes,
         )
+        self._wide: dict[int, Tensor] = {}
         self._offsets = (0, *itertools.accumulate(p.group_sizes))
 
     # ---- encode ----
@@ -187,11 +190,11 @@ class LinearDictionary(Dictionary):
         """Score tiles of every group, in the order of the flat ids except where groups share a product."""
         activation = self.parameters.activation
         group, first = 0, 0
-        for block in self.parameters.encoders:
+        for index, block in enumerate(self.parameters.encoders):
             x = self._block_input(sites, block)
             size = block.W_enc.shape[1]
-            convert = None if block.W_enc.dtype == x.dtype else _to_float32
-            for start, product in tiled.products(x, block.W_enc, convert):
+            W_enc, convert = self._weights(index, x.dtype)
+            for start, product in tiled.products(x, W_enc, convert):
                 if not activation.half_exact or self.parameters.scale is not None:
                     product = product.float()
                 for repeat in range(block.repeats):
@@ -201,6 +204,22 @@ class LinearDictionary(Dictionary):
                     yield Tile(low, group + repeat, activation.score(self._affine(h, features), features))
             group += block.repeats
             first += size * block.repeats
+
+    def _weights(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """The encoder of a block for a product in `dtype`, and how its tiles are widened where they have to be.
+
+        A small encoder is widened once and kept: a decoding step has few rows, and would spend more on widening than
+        on the product.
+        """
+        W_enc = self.parameters.encoders[index].W_enc
+        if W_enc.dtype == dtype:
+            return W_enc, None
+        if W_enc.numel() > KEPT_WIDE:
+            return W_enc, _to_float32
+        wide = self._wide.get(index)
+        if wide is None:
+            wide = self._wide[index] = _to_float32(W_enc)
+        return wide, None
 
     def _affine(self, h: Tensor, features: slice | Tensor) -> Tensor:
         """h + b_enc, times the decoder-norm scale; in place."""
