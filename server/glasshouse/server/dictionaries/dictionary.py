@@ -17,6 +17,7 @@ bfloat16); every other pair of dtypes is multiplied in float32.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,11 @@ class DictionaryFacts:
             feature -= self.group_sizes[group]
             group += 1
         return group, feature
+
+
+def stacked(sites: Sequence[Tensor]) -> Tensor:
+    """What a dictionary takes of its hook points' (N, D) each: (N, D) of one, (N, S, D) of several."""
+    return sites[0] if len(sites) == 1 else torch.stack(list(sites), dim=1)
 
 
 class Dictionary(ABC):

@@ -18,7 +18,7 @@ import structlog
 import torch
 
 from glasshouse.server.dictionaries import sanity
-from glasshouse.server.dictionaries.dictionary import Dictionary
+from glasshouse.server.dictionaries.dictionary import Dictionary, stacked
 from glasshouse.server.dictionaries.open import estimate_bytes, open_dictionaries
 from glasshouse.server.dictionaries.sample_text import PASSAGES
 from glasshouse.server.dictionaries.store import DictionaryCheck, HeldDictionary
@@ -195,11 +195,6 @@ async def measure(
     most = max(_FEWEST_POSITIONS, _MOST_PRODUCTS // (facts.d_in * facts.d_sae))
     device = sample.engine.info.device
     return await asyncio.to_thread(_check, dictionary, x[:most].to(device), y[:most].to(device))
-
-
-def stacked(sites: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(N, D) of one hook point, or (N, S, D) of several: what dictionaries take."""
-    return sites[0] if len(sites) == 1 else torch.stack(list(sites), dim=1)
 
 
 def _check(dictionary: Dictionary, x: torch.Tensor, y: torch.Tensor) -> DictionaryCheck:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glasshouse.server.dictionaries.dictionary import Dictionary
+from glasshouse.server.dictionaries.dictionary import Dictionary, stacked
 from glasshouse.server.dictionaries.store import HeldDictionary
 from glasshouse.server.readouts.features import FeatureTable
 from glasshouse.server.types.errors import InvalidArgument
@@ -21,7 +21,6 @@ from glasshouse.server.types.readouts import FeatureRows
 from glasshouse.server.types.selectors import Selector
 from glasshouse.wire import reasons
 
-from .dictionaries import stacked
 from .engine import Engine
 
 # Rows of given activations encoded at a time: a piece of the answer is on its way while the next is made.

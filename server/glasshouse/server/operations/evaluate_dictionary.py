@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glasshouse.server.dictionaries.dictionary import stacked
 from glasshouse.server.dictionaries.features import SparseFeatures
 from glasshouse.server.dictionaries.metrics import ActivationMetrics, SpliceMetrics
 from glasshouse.server.dictionaries.store import HeldDictionary
-from glasshouse.server.engines.dictionaries import stacked
 from glasshouse.server.engines.engine import Engine
 from glasshouse.server.types.errors import FailedPrecondition
 from glasshouse.server.types.generation import ExtractionRequest

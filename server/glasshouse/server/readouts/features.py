@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glasshouse.server.dictionaries.dictionary import stacked
 from glasshouse.server.dictionaries.features import NO_FEATURE
 from glasshouse.server.types.readouts import FeatureActivations, FeatureRows
 
@@ -86,7 +87,7 @@ def encode_captures(plan: CapturePlan) -> dict[tuple[int, int], FeatureTable]:
     tables: dict[tuple[int, int], FeatureTable] = {}
     for keys in groups.values():
         readout = gathered[keys[0]][0]
-        inputs = [_stacked(gathered[key][1]) for key in keys]
+        inputs = [stacked(gathered[key][1]) for key in keys]
         table = encode(readout, torch.cat(inputs))
         offset = 0
         for key, rows in zip(keys, inputs, strict=True):
@@ -110,13 +111,9 @@ def encode_step(plan: CapturePlan) -> Iterator[tuple[int, int, FeatureActivation
             if source == 0:
                 entry[1].extend((share.row, share.readout.index) for share in shares)
     for readout, keys, sources in groups.values():
-        table = encode(readout, _stacked([torch.cat(parts) for parts in sources]))
+        table = encode(readout, stacked([torch.cat(parts) for parts in sources]))
         for place, (row, index) in enumerate(keys):
             yield row, index, table.at(place)
-
-
-def _stacked(sources: Sequence[Tensor]) -> Tensor:
-    return sources[0] if len(sources) == 1 else torch.stack(list(sources), dim=1)
 
 
 def encode(readout: PreparedReadout, x: Tensor) -> FeatureTable:
