@@ -136,7 +136,7 @@ def test_readouts_of_one_dictionary_join(model: Model) -> None:
         read_features(f"models/fake/dictionaries/{SAE}", top_k=2, positions=[1, 2]),
         read_features(SAE, positions=generated()),
     ]
-    with model.generate("abc", max_tokens=2, readouts=readouts) as stream:
+    with model.generate("abc", max_tokens=2, ignore_eos=True, readouts=readouts) as stream:
         found = stream.prompt_readouts.features[SAE]
         first, second = list(stream)
     assert found.positions.tolist() == [1, 2]

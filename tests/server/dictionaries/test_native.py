@@ -77,6 +77,26 @@ def test_every_architecture_comes_back(kind: str, architecture: str, tmp_path: P
     assert dictionary.facts.model_name == "fable" and read_card(tmp_path / "d") == {"l0": 12.5}
 
 
+def test_tensors_of_one_memory_are_saved_apart(tmp_path: Path) -> None:
+    tied = Draw(6)(F, D)
+    recipe = Recipe(
+        kind="sae",
+        architecture="standard",
+        hook_points_in=HOOK,
+        hook_points_out=HOOK,
+        tensors={
+            "W_enc": tied,
+            "W_dec": tied,
+            "b_enc": torch.zeros(1).expand(F),
+            "b_dec": torch.zeros(D),
+        },
+    )
+    save_dictionary(recipe, tmp_path / "d")
+    dictionary = open_dictionary("native", tmp_path / "d")
+    x = Draw(7)(N, D)
+    ref.close(dictionary.reconstruct(x), torch.relu(x.double() @ tied.double().T) @ tied.double())
+
+
 def test_crosscoder_and_cross_layer_transcoder_come_back(tmp_path: Path) -> None:
     draw, n = Draw(5), 3
     hooks = tuple(f"blocks.{i}.hook_resid_post" for i in range(n))

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -168,15 +170,16 @@ def _load_weights(located: str, config: Any, dtype: torch.dtype | str, options: 
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            located,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-            **options,
-        )
+        with _no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                located,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                attn_implementation="eager",
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unsupported(f"The weights of {located!r} cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would serve them at random
@@ -186,6 +189,20 @@ def _load_weights(located: str, config: Any, dtype: torch.dtype | str, options: 
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one on standard error, in the middle of the logs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_tokenizer(located: str, options: dict[str, Any]) -> Any:

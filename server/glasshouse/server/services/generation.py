@@ -52,8 +52,8 @@ class GenerationServicer:
         model = self._catalogue.find(request.model, "model")
         wanted = await self._request(request, model, call)
         pack = TokenMessages(model.strings, self._limits.max_message_bytes).pack
-        last_sent = 0.0
         async with aclosing(model.engine.generate(wanted)) as batches:
+            held = False
             async for batch in batches:
                 if not batch:
                     continue
@@ -78,11 +78,11 @@ class GenerationServicer:
                     pause = self._gather_s * call.meter.open_streams
                     left = wanted.max_tokens - call.generated_tokens
                     if pause and left > len(tokens):
-                        now = perf_counter()
-                        pause = min(pause, self._max_gather_s) - (now - last_sent)
-                        if pause > 0 and last_sent:
-                            await asyncio.sleep(pause)
-                        last_sent = perf_counter()
+                        pause = min(pause, self._max_gather_s)
+                        if held:
+                            # Streams wake on common ticks of the clock, so the loop wakes once for all of them.
+                            await asyncio.sleep(pause - perf_counter() % pause)
+                        held = True
 
     async def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         """Log-probabilities of one input."""

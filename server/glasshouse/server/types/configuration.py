@@ -92,8 +92,8 @@ class StreamSettings:
     comes.
     """
 
-    gather_ms_per_stream: float = 1.0
-    max_gather_ms: float = 40.0
+    gather_ms_per_stream: float = 2.0
+    max_gather_ms: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,11 @@ def save_dictionary(recipe: Recipe, path: Path) -> None:
     """Writes the folder (made where missing) and checks it by assembling it again from the tensors given."""
     _assemble(_config(recipe), dict(recipe.tensors), str(path), Overrides()).check(str(path))
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in recipe.tensors.items()}
+    # Copies: safetensors takes no two tensors of one memory, which tied weights and expanded ones are.
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in recipe.tensors.items()
+    }
     save_file(tensors, str(path / WEIGHTS), metadata={"format": f"{NAME}-{VERSION}"})
     (path / CONFIG).write_text(json.dumps(_config(recipe), indent=2) + "\n", encoding="utf-8")
 

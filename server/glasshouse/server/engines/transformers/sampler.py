@@ -24,11 +24,13 @@ class RowSampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self.greedy = sampling.temperature == 0.0
-        # A negative seed is as good as any: its two's complement.
-        self._random = np.random.Generator(np.random.Philox(key=sampling.seed & (2**64 - 1)))
+        self._random: np.random.Generator | None = None
 
     def uniform(self) -> float:
         """The next number in [0, 1)."""
+        if self._random is None:
+            # Here, for greedy rows draw none. A negative seed is as good as any: its two's complement.
+            self._random = np.random.Generator(np.random.Philox(key=self.sampling.seed & (2**64 - 1)))
         return float(self._random.random())
 
 
