@@ -24,17 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bglasshouse/v1/tensors.proto\x12\rglasshouse.v1\"J\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.glasshouse.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"d\n\x0bTensorChunk\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.glasshouse.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x13\n\x0b\x62yte_offset\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c*\x98\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x12\r\n\tDTYPE_I32\x10\x04\x12\r\n\tDTYPE_I64\x10\x05\x12\r\n\tDTYPE_U32\x10\x06\x12\x0e\n\nDTYPE_BOOL\x10\x07\x12\r\n\tDTYPE_F64\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bglasshouse/v1/tensors.proto\x12\rglasshouse.v1\"J\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.glasshouse.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"d\n\x0bTensorChunk\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.glasshouse.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x13\n\x0b\x62yte_offset\x18\x03 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"O\n\x0bNamedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.glasshouse.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x03\"K\n\x10NamedTensorChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05piece\x18\x02 \x01(\x0b\x32\x1a.glasshouse.v1.TensorChunk*\x98\x01\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\r\n\tDTYPE_F16\x10\x02\x12\x0e\n\nDTYPE_BF16\x10\x03\x12\r\n\tDTYPE_I32\x10\x04\x12\r\n\tDTYPE_I64\x10\x05\x12\r\n\tDTYPE_U32\x10\x06\x12\x0e\n\nDTYPE_BOOL\x10\x07\x12\r\n\tDTYPE_F64\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'glasshouse.v1.tensors_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=225
-  _globals['_DTYPE']._serialized_end=377
+  _globals['_DTYPE']._serialized_start=383
+  _globals['_DTYPE']._serialized_end=535
   _globals['_TENSOR']._serialized_start=46
   _globals['_TENSOR']._serialized_end=120
   _globals['_TENSORCHUNK']._serialized_start=122
   _globals['_TENSORCHUNK']._serialized_end=222
+  _globals['_NAMEDTENSOR']._serialized_start=224
+  _globals['_NAMEDTENSOR']._serialized_end=303
+  _globals['_NAMEDTENSORCHUNK']._serialized_start=305
+  _globals['_NAMEDTENSORCHUNK']._serialized_end=380
 # @@protoc_insertion_point(module_scope)
