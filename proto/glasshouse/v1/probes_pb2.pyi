@@ -188,7 +188,7 @@ class OperatingPoint(_message.Message):
 Global___OperatingPoint: _TypeAlias = OperatingPoint  # noqa: Y015
 
 @_typing.final
-class ProbeColumn(_message.Message):
+class ProbeColumnReport(_message.Message):
     """Held-out figures of one score column."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -239,7 +239,7 @@ class ProbeColumn(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ProbeColumn: _TypeAlias = ProbeColumn  # noqa: Y015
+Global___ProbeColumnReport: _TypeAlias = ProbeColumnReport  # noqa: Y015
 
 @_typing.final
 class ProbeReport(_message.Message):
@@ -262,7 +262,7 @@ class ProbeReport(_message.Message):
     converged: _builtins.bool
     """Whether the optimiser said that it was done."""
     @_builtins.property
-    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeColumn]:
+    def columns(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProbeColumnReport]:
         """One entry a score column."""
 
     @_builtins.property
@@ -284,7 +284,7 @@ class ProbeReport(_message.Message):
     def __init__(
         self,
         *,
-        columns: _abc.Iterable[Global___ProbeColumn] | None = ...,
+        columns: _abc.Iterable[Global___ProbeColumnReport] | None = ...,
         accuracy: _examples_pb2.Interval | None = ...,
         control_accuracy: _examples_pb2.Interval | None = ...,
         selectivity: _builtins.float = ...,
