@@ -112,7 +112,8 @@ class ArrayWriter:
             self._gathered[name] = array
         else:
             with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                write_array: Any = np.lib.format.write_array  # typed by some releases of numpy alone
+                write_array(member, array, allow_pickle=False)
 
     def _write_safetensors(self) -> None:
         codes = {dtype: code for code, dtype in _SAFETENSORS.items()}

@@ -144,7 +144,8 @@ class FakeModel:
             return np.ascontiguousarray(np.broadcast_to(pattern, (N_HEADS, *pattern.shape)), dtype=np.float32)
         token = np.asarray(ids, dtype=np.float64)[at]
         phase = 1.0 + self.residual.index(hook_point) + 0.1 * token + 0.01 * at
-        return np.sin(phase[:, None] * (1 + np.arange(D_MODEL))).astype(np.float32)
+        wave: NDArray[np.float32] = np.sin(phase[:, None] * (1 + np.arange(D_MODEL))).astype(np.float32)
+        return wave
 
     def resolve(self, name: str, field: str) -> str:
         """The canonical name of a hook point."""

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from numpy.lib import format as npy
+from numpy.lib import format as npy_format
 from safetensors import safe_open
 from torch import Tensor
 
@@ -35,6 +35,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".npz")
 #: Tensors up to this size are searched for NaN on load; larger ones by a sample of their rows.
 CHECK_WHOLE_BYTES = 16 << 20
 SAMPLED_ROWS = 16
+# Typed by some releases of numpy alone.
+npy: Any = npy_format
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 PICKLE_REMEDY = (
