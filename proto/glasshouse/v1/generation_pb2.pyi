@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from glasshouse.v1 import conditions_pb2 as _conditions_pb2
 from glasshouse.v1 import inputs_pb2 as _inputs_pb2
 from glasshouse.v1 import interventions_pb2 as _interventions_pb2
 from glasshouse.v1 import readouts_pb2 as _readouts_pb2
@@ -37,6 +38,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """An end-of-sequence token of the model, or one of stop_token_ids."""
     FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 3
     """A stop string."""
+    FINISH_REASON_ABORTED: _FinishReason.ValueType  # 4
+    """A condition of `abort_when`, or a monitor whose action is to abort. `abort` says which."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why a generation ended."""
@@ -49,6 +52,8 @@ FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 2
 """An end-of-sequence token of the model, or one of stop_token_ids."""
 FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 3
 """A stop string."""
+FINISH_REASON_ABORTED: FinishReason.ValueType  # 4
+"""A condition of `abort_when`, or a monitor whose action is to abort. `abort` says which."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -67,6 +72,7 @@ class GenerateRequest(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     READOUTS_FIELD_NUMBER: _builtins.int
+    ABORT_WHEN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Format: `models/{model}`, or `{model}` alone. Default: the only model served."""
     max_tokens: _builtins.int
@@ -99,6 +105,12 @@ class GenerateRequest(_message.Message):
     def readouts(self) -> _containers.RepeatedCompositeFieldContainer[_readouts_pb2.Readout]:
         """What to read. Limit: the server's max_readouts."""
 
+    @_builtins.property
+    def abort_when(self) -> _containers.RepeatedCompositeFieldContainer[_conditions_pb2.Condition]:
+        """End the generation, with FINISH_REASON_ABORTED, as soon as one of these holds. They see what readouts see: the
+        activations after all edits. CONDITION_SCOPE_LATCHED is as CONDITION_SCOPE_POSITION here. Limit: 16.
+        """
+
     def __init__(
         self,
         *,
@@ -112,10 +124,11 @@ class GenerateRequest(_message.Message):
         top_logprobs: _builtins.int = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
         readouts: _abc.Iterable[_readouts_pb2.Readout] | None = ...,
+        abort_when: _abc.Iterable[_conditions_pb2.Condition] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "input", b"input", "interventions", b"interventions", "max_tokens", b"max_tokens", "model", b"model", "readouts", b"readouts", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_when", b"abort_when", "ignore_eos", b"ignore_eos", "input", b"input", "interventions", b"interventions", "max_tokens", b"max_tokens", "model", b"model", "readouts", b"readouts", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -326,6 +339,8 @@ class FinishedEvent(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    ABORT_FIELD_NUMBER: _builtins.int
+    FLAGS_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Why."""
     stop_string: _builtins.str
@@ -342,6 +357,14 @@ class FinishedEvent(_message.Message):
     def receipt(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.InterventionReceipt]:
         """One entry an intervention: what was done."""
 
+    @_builtins.property
+    def abort(self) -> _conditions_pb2.Abort:
+        """What ended it, where finish_reason is FINISH_REASON_ABORTED."""
+
+    @_builtins.property
+    def flags(self) -> _containers.RepeatedCompositeFieldContainer[_conditions_pb2.MonitorFlag]:
+        """Monitors that passed their threshold during it, by position; those that only observe are not among them."""
+
     def __init__(
         self,
         *,
@@ -351,10 +374,12 @@ class FinishedEvent(_message.Message):
         usage: Global___Usage | None = ...,
         receipt: _abc.Iterable[_interventions_pb2.InterventionReceipt] | None = ...,
         seed: _builtins.int = ...,
+        abort: _conditions_pb2.Abort | None = ...,
+        flags: _abc.Iterable[_conditions_pb2.MonitorFlag] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "receipt", b"receipt", "seed", b"seed", "stop_string", b"stop_string", "trailing_text", b"trailing_text", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "finish_reason", b"finish_reason", "flags", b"flags", "receipt", b"receipt", "seed", b"seed", "stop_string", b"stop_string", "trailing_text", b"trailing_text", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

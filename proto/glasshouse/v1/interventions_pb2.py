@@ -22,35 +22,36 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from glasshouse.v1 import conditions_pb2 as glasshouse_dot_v1_dot_conditions__pb2
 from glasshouse.v1 import inputs_pb2 as glasshouse_dot_v1_dot_inputs__pb2
 from glasshouse.v1 import tensors_pb2 as glasshouse_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!glasshouse/v1/interventions.proto\x12\rglasshouse.v1\x1a\x1aglasshouse/v1/inputs.proto\x1a\x1bglasshouse/v1/tensors.proto\"\xee\x03\n\x0cIntervention\x12\x12\n\nhook_point\x18\x01 \x01(\t\x12\x32\n\tpositions\x18\x02 \x01(\x0b\x32\x1f.glasshouse.v1.PositionSelector\x12\x15\n\rpreserve_norm\x18\x03 \x01(\x08\x12.\n\nadd_vector\x18\n \x01(\x0b\x32\x18.glasshouse.v1.AddVectorH\x00\x12:\n\x10\x61\x62late_direction\x18\x0b \x01(\x0b\x32\x1e.glasshouse.v1.AblateDirectionH\x00\x12\x36\n\x0e\x63\x61p_projection\x18\x0c \x01(\x0b\x32\x1c.glasshouse.v1.CapProjectionH\x00\x12\x31\n\x06rotate\x18\r \x01(\x0b\x32\x1f.glasshouse.v1.RotateActivationH\x00\x12\x34\n\x07replace\x18\x0e \x01(\x0b\x32!.glasshouse.v1.ReplaceActivationsH\x00\x12\x32\n\x0cset_features\x18\x0f \x01(\x0b\x32\x1a.glasshouse.v1.SetFeaturesH\x00\x12\x36\n\x0escale_features\x18\x10 \x01(\x0b\x32\x1c.glasshouse.v1.ScaleFeaturesH\x00\x42\x06\n\x04\x65\x64it\"\x84\x01\n\tAddVector\x12%\n\x06vector\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x18\n\x0b\x63oefficient\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12&\n\x05scale\x18\x03 \x01(\x0e\x32\x17.glasshouse.v1.AddScaleB\x0e\n\x0c_coefficient\"8\n\x0f\x41\x62lateDirection\x12%\n\x06vector\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\"j\n\rCapProjection\x12%\n\x06vector\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x10\n\x03max\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03min\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_maxB\x06\n\x04_min\"v\n\x10RotateActivation\x12$\n\x05\x66irst\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12%\n\x06second\x18\x02 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x15\n\rangle_radians\x18\x03 \x01(\x01\"@\n\x12ReplaceActivations\x12*\n\x0b\x61\x63tivations\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\"C\n\x0bSetFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\x05\x12\x0e\n\x06values\x18\x03 \x03(\x01\"F\n\rScaleFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\x05\x12\x0f\n\x07\x66\x61\x63tors\x18\x03 \x03(\x01\"\x8c\x01\n\x13InterventionReceipt\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04\x65\x64it\x18\x02 \x01(\t\x12\x12\n\nhook_point\x18\x03 \x01(\t\x12\x19\n\x11positions_applied\x18\x04 \x01(\x03\x12\x13\n\x0bhook_points\x18\x05 \x03(\t\x12\x14\n\x0c\x63ontent_hash\x18\x06 \x01(\t*N\n\x08\x41\x64\x64Scale\x12\x19\n\x15\x41\x44\x44_SCALE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x44\x44_SCALE_PLAIN\x10\x01\x12\x12\n\x0e\x41\x44\x44_SCALE_NORM\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!glasshouse/v1/interventions.proto\x12\rglasshouse.v1\x1a\x1eglasshouse/v1/conditions.proto\x1a\x1aglasshouse/v1/inputs.proto\x1a\x1bglasshouse/v1/tensors.proto\"\x9b\x04\n\x0cIntervention\x12\x12\n\nhook_point\x18\x01 \x01(\t\x12\x32\n\tpositions\x18\x02 \x01(\x0b\x32\x1f.glasshouse.v1.PositionSelector\x12\x15\n\rpreserve_norm\x18\x03 \x01(\x08\x12+\n\tcondition\x18\x04 \x01(\x0b\x32\x18.glasshouse.v1.Condition\x12.\n\nadd_vector\x18\n \x01(\x0b\x32\x18.glasshouse.v1.AddVectorH\x00\x12:\n\x10\x61\x62late_direction\x18\x0b \x01(\x0b\x32\x1e.glasshouse.v1.AblateDirectionH\x00\x12\x36\n\x0e\x63\x61p_projection\x18\x0c \x01(\x0b\x32\x1c.glasshouse.v1.CapProjectionH\x00\x12\x31\n\x06rotate\x18\r \x01(\x0b\x32\x1f.glasshouse.v1.RotateActivationH\x00\x12\x34\n\x07replace\x18\x0e \x01(\x0b\x32!.glasshouse.v1.ReplaceActivationsH\x00\x12\x32\n\x0cset_features\x18\x0f \x01(\x0b\x32\x1a.glasshouse.v1.SetFeaturesH\x00\x12\x36\n\x0escale_features\x18\x10 \x01(\x0b\x32\x1c.glasshouse.v1.ScaleFeaturesH\x00\x42\x06\n\x04\x65\x64it\"\x97\x01\n\tAddVector\x12%\n\x06vector\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x18\n\x0b\x63oefficient\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12&\n\x05scale\x18\x03 \x01(\x0e\x32\x17.glasshouse.v1.AddScale\x12\x11\n\tdirection\x18\x04 \x01(\tB\x0e\n\x0c_coefficient\"K\n\x0f\x41\x62lateDirection\x12%\n\x06vector\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x11\n\tdirection\x18\x02 \x01(\t\"}\n\rCapProjection\x12%\n\x06vector\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x10\n\x03max\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03min\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tdirection\x18\x04 \x01(\tB\x06\n\x04_maxB\x06\n\x04_min\"\xa9\x01\n\x10RotateActivation\x12$\n\x05\x66irst\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12%\n\x06second\x18\x02 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12\x15\n\rangle_radians\x18\x03 \x01(\x01\x12\x17\n\x0f\x66irst_direction\x18\x04 \x01(\t\x12\x18\n\x10second_direction\x18\x05 \x01(\t\"@\n\x12ReplaceActivations\x12*\n\x0b\x61\x63tivations\x18\x01 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\"C\n\x0bSetFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\x05\x12\x0e\n\x06values\x18\x03 \x03(\x01\"F\n\rScaleFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\x05\x12\x0f\n\x07\x66\x61\x63tors\x18\x03 \x03(\x01\"\xba\x01\n\x13InterventionReceipt\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04\x65\x64it\x18\x02 \x01(\t\x12\x12\n\nhook_point\x18\x03 \x01(\t\x12\x19\n\x11positions_applied\x18\x04 \x01(\x03\x12\x13\n\x0bhook_points\x18\x05 \x03(\t\x12\x14\n\x0c\x63ontent_hash\x18\x06 \x01(\t\x12\x19\n\x11positions_steered\x18\x07 \x01(\x03\x12\x11\n\tresources\x18\x08 \x03(\t*N\n\x08\x41\x64\x64Scale\x12\x19\n\x15\x41\x44\x44_SCALE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x41\x44\x44_SCALE_PLAIN\x10\x01\x12\x12\n\x0e\x41\x44\x44_SCALE_NORM\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'glasshouse.v1.interventions_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADDSCALE']._serialized_start=1377
-  _globals['_ADDSCALE']._serialized_end=1455
-  _globals['_INTERVENTION']._serialized_start=110
-  _globals['_INTERVENTION']._serialized_end=604
-  _globals['_ADDVECTOR']._serialized_start=607
-  _globals['_ADDVECTOR']._serialized_end=739
-  _globals['_ABLATEDIRECTION']._serialized_start=741
-  _globals['_ABLATEDIRECTION']._serialized_end=797
-  _globals['_CAPPROJECTION']._serialized_start=799
-  _globals['_CAPPROJECTION']._serialized_end=905
-  _globals['_ROTATEACTIVATION']._serialized_start=907
-  _globals['_ROTATEACTIVATION']._serialized_end=1025
-  _globals['_REPLACEACTIVATIONS']._serialized_start=1027
-  _globals['_REPLACEACTIVATIONS']._serialized_end=1091
-  _globals['_SETFEATURES']._serialized_start=1093
-  _globals['_SETFEATURES']._serialized_end=1160
-  _globals['_SCALEFEATURES']._serialized_start=1162
-  _globals['_SCALEFEATURES']._serialized_end=1232
-  _globals['_INTERVENTIONRECEIPT']._serialized_start=1235
-  _globals['_INTERVENTIONRECEIPT']._serialized_end=1375
+  _globals['_ADDSCALE']._serialized_start=1609
+  _globals['_ADDSCALE']._serialized_end=1687
+  _globals['_INTERVENTION']._serialized_start=142
+  _globals['_INTERVENTION']._serialized_end=681
+  _globals['_ADDVECTOR']._serialized_start=684
+  _globals['_ADDVECTOR']._serialized_end=835
+  _globals['_ABLATEDIRECTION']._serialized_start=837
+  _globals['_ABLATEDIRECTION']._serialized_end=912
+  _globals['_CAPPROJECTION']._serialized_start=914
+  _globals['_CAPPROJECTION']._serialized_end=1039
+  _globals['_ROTATEACTIVATION']._serialized_start=1042
+  _globals['_ROTATEACTIVATION']._serialized_end=1211
+  _globals['_REPLACEACTIVATIONS']._serialized_start=1213
+  _globals['_REPLACEACTIVATIONS']._serialized_end=1277
+  _globals['_SETFEATURES']._serialized_start=1279
+  _globals['_SETFEATURES']._serialized_end=1346
+  _globals['_SCALEFEATURES']._serialized_start=1348
+  _globals['_SCALEFEATURES']._serialized_end=1418
+  _globals['_INTERVENTIONRECEIPT']._serialized_start=1421
+  _globals['_INTERVENTIONRECEIPT']._serialized_end=1607
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from glasshouse.v1 import conditions_pb2 as _conditions_pb2
 from glasshouse.v1 import inputs_pb2 as _inputs_pb2
 from glasshouse.v1 import tensors_pb2 as _tensors_pb2
 from google.protobuf import descriptor as _descriptor
@@ -56,6 +57,7 @@ class Intervention(_message.Message):
     HOOK_POINT_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     PRESERVE_NORM_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
     ADD_VECTOR_FIELD_NUMBER: _builtins.int
     ABLATE_DIRECTION_FIELD_NUMBER: _builtins.int
     CAP_PROJECTION_FIELD_NUMBER: _builtins.int
@@ -65,13 +67,25 @@ class Intervention(_message.Message):
     SCALE_FEATURES_FIELD_NUMBER: _builtins.int
     hook_point: _builtins.str
     """A writable hook point: a canonical name such as `blocks.3.hook_resid_post`, or its module path. Required, but
-    for edits whose dictionary names it.
+    for edits whose dictionary names it; with a named direction the default is the direction's own.
     """
     preserve_norm: _builtins.bool
     """Rescale each edited activation to the norm it had before this edit. Default: false."""
     @_builtins.property
     def positions(self) -> _inputs_pb2.PositionSelector:
         """Where. Default: every position."""
+
+    @_builtins.property
+    def condition(self) -> _conditions_pb2.Condition:
+        """Apply the edit only where this holds. Default: everywhere. The score is read as it stands when this intervention's
+        turn comes, after those before it in the list.
+
+        Under CONDITION_SCOPE_POSITION and CONDITION_SCOPE_LATCHED the hook points of the score must not come later in the
+        forward pass than the edit's; at the same one, the activation is scored before it is edited. Under
+        CONDITION_SCOPE_PROMPT the edit applies from the prompt's last position on. Where a prompt's or a latched
+        condition is read later in the forward pass than the edit is made, the edit applies at generated positions alone,
+        from the one after that which passed.
+        """
 
     @_builtins.property
     def add_vector(self) -> Global___AddVector:
@@ -107,6 +121,7 @@ class Intervention(_message.Message):
         hook_point: _builtins.str = ...,
         positions: _inputs_pb2.PositionSelector | None = ...,
         preserve_norm: _builtins.bool = ...,
+        condition: _conditions_pb2.Condition | None = ...,
         add_vector: Global___AddVector | None = ...,
         ablate_direction: Global___AblateDirection | None = ...,
         cap_projection: Global___CapProjection | None = ...,
@@ -115,9 +130,9 @@ class Intervention(_message.Message):
         set_features: Global___SetFeatures | None = ...,
         scale_features: Global___ScaleFeatures | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "edit", b"edit", "positions", b"positions", "replace", b"replace", "rotate", b"rotate", "scale_features", b"scale_features", "set_features", b"set_features"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "condition", b"condition", "edit", b"edit", "positions", b"positions", "replace", b"replace", "rotate", b"rotate", "scale_features", b"scale_features", "set_features", b"set_features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "edit", b"edit", "hook_point", b"hook_point", "positions", b"positions", "preserve_norm", b"preserve_norm", "replace", b"replace", "rotate", b"rotate", "scale_features", b"scale_features", "set_features", b"set_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablate_direction", b"ablate_direction", "add_vector", b"add_vector", "cap_projection", b"cap_projection", "condition", b"condition", "edit", b"edit", "hook_point", b"hook_point", "positions", b"positions", "preserve_norm", b"preserve_norm", "replace", b"replace", "rotate", b"rotate", "scale_features", b"scale_features", "set_features", b"set_features"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_edit: _TypeAlias = _typing.Literal["add_vector", "ablate_direction", "cap_projection", "rotate", "replace", "set_features", "scale_features"]  # noqa: Y015
     _WhichOneofArgType_edit: _TypeAlias = _typing.Literal["edit", b"edit"]  # noqa: Y015
@@ -134,13 +149,18 @@ class AddVector(_message.Message):
     VECTOR_FIELD_NUMBER: _builtins.int
     COEFFICIENT_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
     coefficient: _builtins.float
     """Finite. Default: 1."""
     scale: Global___AddScale.ValueType
     """What the coefficient multiplies. Default: SCALE_PLAIN."""
+    direction: _builtins.str
+    """In place of `vector`, a direction by its name. Format: `models/{model}/directions/{direction}`, or `{direction}`
+    alone, each with or without `@{version}`; without one the latest.
+    """
     @_builtins.property
     def vector(self) -> _tensors_pb2.Tensor:
-        """Shape (width,) of the hook point, floating, finite, and not zero with SCALE_NORM. Required."""
+        """Shape (width,) of the hook point, floating, finite, and not zero with SCALE_NORM. This or `direction` is required."""
 
     def __init__(
         self,
@@ -148,10 +168,11 @@ class AddVector(_message.Message):
         vector: _tensors_pb2.Tensor | None = ...,
         coefficient: _builtins.float | None = ...,
         scale: Global___AddScale.ValueType = ...,
+        direction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient", "coefficient", b"coefficient", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient", "coefficient", b"coefficient", "scale", b"scale", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient", "coefficient", b"coefficient", "direction", b"direction", "scale", b"scale", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__coefficient: _TypeAlias = _typing.Literal["coefficient"]  # noqa: Y015
     _WhichOneofArgType__coefficient: _TypeAlias = _typing.Literal["_coefficient", b"_coefficient"]  # noqa: Y015
@@ -166,18 +187,22 @@ class AblateDirection(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VECTOR_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
+    direction: _builtins.str
+    """In place of `vector`, a direction by its name, as in AddVector."""
     @_builtins.property
     def vector(self) -> _tensors_pb2.Tensor:
-        """Shape (width,), floating, finite, not zero. Required."""
+        """Shape (width,), floating, finite, not zero. This or `direction` is required."""
 
     def __init__(
         self,
         *,
         vector: _tensors_pb2.Tensor | None = ...,
+        direction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["direction", b"direction", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,13 +217,16 @@ class CapProjection(_message.Message):
     VECTOR_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
     MIN_FIELD_NUMBER: _builtins.int
+    DIRECTION_FIELD_NUMBER: _builtins.int
     max: _builtins.float
     """Upper limit of the projection, finite. At least one of max and min is required."""
     min: _builtins.float
     """Lower limit of the projection, finite, not above max."""
+    direction: _builtins.str
+    """In place of `vector`, a direction by its name, as in AddVector."""
     @_builtins.property
     def vector(self) -> _tensors_pb2.Tensor:
-        """Shape (width,), floating, finite, not zero. Required."""
+        """Shape (width,), floating, finite, not zero. This or `direction` is required."""
 
     def __init__(
         self,
@@ -206,10 +234,11 @@ class CapProjection(_message.Message):
         vector: _tensors_pb2.Tensor | None = ...,
         max: _builtins.float | None = ...,
         min: _builtins.float | None = ...,
+        direction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "max", b"max", "min", b"min", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max", b"_max", "_min", b"_min", "direction", b"direction", "max", b"max", "min", b"min", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max: _TypeAlias = _typing.Literal["max"]  # noqa: Y015
     _WhichOneofArgType__max: _TypeAlias = _typing.Literal["_max", b"_max"]  # noqa: Y015
@@ -233,15 +262,21 @@ class RotateActivation(_message.Message):
     FIRST_FIELD_NUMBER: _builtins.int
     SECOND_FIELD_NUMBER: _builtins.int
     ANGLE_RADIANS_FIELD_NUMBER: _builtins.int
+    FIRST_DIRECTION_FIELD_NUMBER: _builtins.int
+    SECOND_DIRECTION_FIELD_NUMBER: _builtins.int
     angle_radians: _builtins.float
     """The angle the activation's part in the plane is turned TO, in radians. Finite. Default: 0."""
+    first_direction: _builtins.str
+    """In place of `first`, a direction by its name, as in AddVector."""
+    second_direction: _builtins.str
+    """In place of `second`, a direction by its name, as in AddVector."""
     @_builtins.property
     def first(self) -> _tensors_pb2.Tensor:
-        """Shape (width,), floating, finite, not zero. Required: angle 0 points along it."""
+        """Shape (width,), floating, finite, not zero: angle 0 points along it. This or `first_direction` is required."""
 
     @_builtins.property
     def second(self) -> _tensors_pb2.Tensor:
-        """Shape (width,), floating, finite, not parallel to `first`. Required."""
+        """Shape (width,), floating, finite, not parallel to `first`. This or `second_direction` is required."""
 
     def __init__(
         self,
@@ -249,10 +284,12 @@ class RotateActivation(_message.Message):
         first: _tensors_pb2.Tensor | None = ...,
         second: _tensors_pb2.Tensor | None = ...,
         angle_radians: _builtins.float = ...,
+        first_direction: _builtins.str = ...,
+        second_direction: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "second", b"second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["angle_radians", b"angle_radians", "first", b"first", "second", b"second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["angle_radians", b"angle_radians", "first", b"first", "first_direction", b"first_direction", "second", b"second", "second_direction", b"second_direction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -286,8 +323,8 @@ Global___ReplaceActivations: _TypeAlias = ReplaceActivations  # noqa: Y015
 
 @_typing.final
 class SetFeatures(_message.Message):
-    """s <- s + sum_i (value_i - f_i(x)) d_i: features set, everything the dictionary does not explain kept. x is read at the
-    dictionary's input hook points, d_i is written at its output hook points (the same one, for an SAE).
+    """s <- s + sum_i (value_i - f_i(x)) d_i: features set, everything the dictionary does not explain kept. x is read at
+    the dictionary's input hook points, d_i is written at its output hook points (the same one, for an SAE).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -366,6 +403,8 @@ class InterventionReceipt(_message.Message):
     POSITIONS_APPLIED_FIELD_NUMBER: _builtins.int
     HOOK_POINTS_FIELD_NUMBER: _builtins.int
     CONTENT_HASH_FIELD_NUMBER: _builtins.int
+    POSITIONS_STEERED_FIELD_NUMBER: _builtins.int
+    RESOURCES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Index in the request's `interventions`."""
     edit: _builtins.str
@@ -373,12 +412,26 @@ class InterventionReceipt(_message.Message):
     hook_point: _builtins.str
     """Canonical name of the hook point that was edited."""
     positions_applied: _builtins.int
-    """Positions at which the edit was applied. Equals the positions its selector covered, or the request fails."""
+    """Positions at which the edit was applied, or under a condition decided on. Equals the positions its selector covered
+    (and its condition can reach), or the request fails.
+    """
     content_hash: _builtins.str
-    """SHA-256 over the edit, its tensors and its resolved positions. Format: 64 hex digits."""
+    """SHA-256 over the edit, its tensors, its resolved positions and its condition, the probe's weights included.
+    Format: 64 hex digits.
+    """
+    positions_steered: _builtins.int
+    """Of positions_applied, those where the condition held and the activation was edited; all of them without a
+    condition.
+    """
     @_builtins.property
     def hook_points(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Hook points at which it was applied. A dictionary's edit may write several."""
+
+    @_builtins.property
+    def resources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The named directions and probes that it used, with their versions. Format:
+        `models/{model}/directions/{direction}@{version}`.
+        """
 
     def __init__(
         self,
@@ -389,10 +442,12 @@ class InterventionReceipt(_message.Message):
         positions_applied: _builtins.int = ...,
         hook_points: _abc.Iterable[_builtins.str] | None = ...,
         content_hash: _builtins.str = ...,
+        positions_steered: _builtins.int = ...,
+        resources: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "edit", b"edit", "hook_point", b"hook_point", "hook_points", b"hook_points", "index", b"index", "positions_applied", b"positions_applied"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content_hash", b"content_hash", "edit", b"edit", "hook_point", b"hook_point", "hook_points", b"hook_points", "index", b"index", "positions_applied", b"positions_applied", "positions_steered", b"positions_steered", "resources", b"resources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,35 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from glasshouse.v1 import conditions_pb2 as glasshouse_dot_v1_dot_conditions__pb2
 from glasshouse.v1 import inputs_pb2 as glasshouse_dot_v1_dot_inputs__pb2
 from glasshouse.v1 import tensors_pb2 as glasshouse_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cglasshouse/v1/readouts.proto\x12\rglasshouse.v1\x1a\x1aglasshouse/v1/inputs.proto\x1a\x1bglasshouse/v1/tensors.proto\"\xe1\x01\n\x07Readout\x12\x32\n\tpositions\x18\x01 \x01(\x0b\x32\x1f.glasshouse.v1.PositionSelector\x12\x35\n\x0b\x61\x63tivations\x18\n \x01(\x0b\x32\x1e.glasshouse.v1.ReadActivationsH\x00\x12\x32\n\nlogit_lens\x18\x0b \x01(\x0b\x32\x1c.glasshouse.v1.ReadLogitLensH\x00\x12/\n\x08\x66\x65\x61tures\x18\x0c \x01(\x0b\x32\x1b.glasshouse.v1.ReadFeaturesH\x00\x42\x06\n\x04what\"J\n\x0fReadActivations\x12\x12\n\nhook_point\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.glasshouse.v1.DType\"A\n\rReadLogitLens\x12\x12\n\nhook_point\x18\x01 \x01(\t\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_top_k\"R\n\x0cReadFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\x05\x42\x08\n\x06_top_k\">\n\x12\x46\x65\x61tureActivations\x12\x13\n\x0b\x66\x65\x61ture_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x61\x63tivations\x18\x02 \x03(\x02\"G\n\x0b\x46\x65\x61tureRows\x12\x0e\n\x06indptr\x18\x01 \x03(\r\x12\x13\n\x0b\x66\x65\x61ture_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x61\x63tivations\x18\x03 \x03(\x02\"\xbd\x01\n\x0cReadoutValue\x12\x0f\n\x07readout\x18\x01 \x01(\x05\x12,\n\x0b\x61\x63tivations\x18\n \x01(\x0b\x32\x15.glasshouse.v1.TensorH\x00\x12.\n\nlogit_lens\x18\x0b \x01(\x0b\x32\x18.glasshouse.v1.TopTokensH\x00\x12\x35\n\x08\x66\x65\x61tures\x18\x0c \x01(\x0b\x32!.glasshouse.v1.FeatureActivationsH\x00\x42\x07\n\x05value\"\xd9\x01\n\rPromptReadout\x12\x0f\n\x07readout\x18\x01 \x01(\x05\x12\x11\n\tpositions\x18\x02 \x03(\x03\x12\x31\n\x0b\x61\x63tivations\x18\n \x01(\x0b\x32\x1a.glasshouse.v1.TensorChunkH\x00\x12\x38\n\nlogit_lens\x18\x0b \x01(\x0b\x32\".glasshouse.v1.TopTokensByPositionH\x00\x12.\n\x08\x66\x65\x61tures\x18\x0c \x01(\x0b\x32\x1a.glasshouse.v1.FeatureRowsH\x00\x42\x07\n\x05value\"@\n\tTopTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0e\n\x06tokens\x18\x03 \x03(\t\"B\n\x13TopTokensByPosition\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.glasshouse.v1.TopTokensb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cglasshouse/v1/readouts.proto\x12\rglasshouse.v1\x1a\x1eglasshouse/v1/conditions.proto\x1a\x1aglasshouse/v1/inputs.proto\x1a\x1bglasshouse/v1/tensors.proto\"\x8c\x02\n\x07Readout\x12\x32\n\tpositions\x18\x01 \x01(\x0b\x32\x1f.glasshouse.v1.PositionSelector\x12\x35\n\x0b\x61\x63tivations\x18\n \x01(\x0b\x32\x1e.glasshouse.v1.ReadActivationsH\x00\x12\x32\n\nlogit_lens\x18\x0b \x01(\x0b\x32\x1c.glasshouse.v1.ReadLogitLensH\x00\x12/\n\x08\x66\x65\x61tures\x18\x0c \x01(\x0b\x32\x1b.glasshouse.v1.ReadFeaturesH\x00\x12)\n\x05probe\x18\r \x01(\x0b\x32\x18.glasshouse.v1.ReadProbeH\x00\x42\x06\n\x04what\"J\n\x0fReadActivations\x12\x12\n\nhook_point\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.glasshouse.v1.DType\"A\n\rReadLogitLens\x12\x12\n\nhook_point\x18\x01 \x01(\t\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x08\n\x06_top_k\"R\n\x0cReadFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\x05\x42\x08\n\x06_top_k\"F\n\tReadProbe\x12\r\n\x05probe\x18\x01 \x01(\t\x12*\n\x06output\x18\x02 \x01(\x0e\x32\x1a.glasshouse.v1.ProbeOutput\"\x1d\n\x0bProbeScores\x12\x0e\n\x06scores\x18\x01 \x03(\x02\"?\n\x0eProbeScoreRows\x12\x0e\n\x06labels\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\x12\r\n\x05probe\x18\x03 \x01(\t\">\n\x12\x46\x65\x61tureActivations\x12\x13\n\x0b\x66\x65\x61ture_ids\x18\x01 \x03(\r\x12\x13\n\x0b\x61\x63tivations\x18\x02 \x03(\x02\"G\n\x0b\x46\x65\x61tureRows\x12\x0e\n\x06indptr\x18\x01 \x03(\r\x12\x13\n\x0b\x66\x65\x61ture_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x61\x63tivations\x18\x03 \x03(\x02\"\xea\x01\n\x0cReadoutValue\x12\x0f\n\x07readout\x18\x01 \x01(\x05\x12,\n\x0b\x61\x63tivations\x18\n \x01(\x0b\x32\x15.glasshouse.v1.TensorH\x00\x12.\n\nlogit_lens\x18\x0b \x01(\x0b\x32\x18.glasshouse.v1.TopTokensH\x00\x12\x35\n\x08\x66\x65\x61tures\x18\x0c \x01(\x0b\x32!.glasshouse.v1.FeatureActivationsH\x00\x12+\n\x05probe\x18\r \x01(\x0b\x32\x1a.glasshouse.v1.ProbeScoresH\x00\x42\x07\n\x05value\"\x89\x02\n\rPromptReadout\x12\x0f\n\x07readout\x18\x01 \x01(\x05\x12\x11\n\tpositions\x18\x02 \x03(\x03\x12\x31\n\x0b\x61\x63tivations\x18\n \x01(\x0b\x32\x1a.glasshouse.v1.TensorChunkH\x00\x12\x38\n\nlogit_lens\x18\x0b \x01(\x0b\x32\".glasshouse.v1.TopTokensByPositionH\x00\x12.\n\x08\x66\x65\x61tures\x18\x0c \x01(\x0b\x32\x1a.glasshouse.v1.FeatureRowsH\x00\x12.\n\x05probe\x18\r \x01(\x0b\x32\x1d.glasshouse.v1.ProbeScoreRowsH\x00\x42\x07\n\x05value\"@\n\tTopTokens\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0e\n\x06tokens\x18\x03 \x03(\t\"B\n\x13TopTokensByPosition\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.glasshouse.v1.TopTokensb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'glasshouse.v1.readouts_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_READOUT']._serialized_start=105
-  _globals['_READOUT']._serialized_end=330
-  _globals['_READACTIVATIONS']._serialized_start=332
-  _globals['_READACTIVATIONS']._serialized_end=406
-  _globals['_READLOGITLENS']._serialized_start=408
-  _globals['_READLOGITLENS']._serialized_end=473
-  _globals['_READFEATURES']._serialized_start=475
-  _globals['_READFEATURES']._serialized_end=557
-  _globals['_FEATUREACTIVATIONS']._serialized_start=559
-  _globals['_FEATUREACTIVATIONS']._serialized_end=621
-  _globals['_FEATUREROWS']._serialized_start=623
-  _globals['_FEATUREROWS']._serialized_end=694
-  _globals['_READOUTVALUE']._serialized_start=697
-  _globals['_READOUTVALUE']._serialized_end=886
-  _globals['_PROMPTREADOUT']._serialized_start=889
-  _globals['_PROMPTREADOUT']._serialized_end=1106
-  _globals['_TOPTOKENS']._serialized_start=1108
-  _globals['_TOPTOKENS']._serialized_end=1172
-  _globals['_TOPTOKENSBYPOSITION']._serialized_start=1174
-  _globals['_TOPTOKENSBYPOSITION']._serialized_end=1240
+  _globals['_READOUT']._serialized_start=137
+  _globals['_READOUT']._serialized_end=405
+  _globals['_READACTIVATIONS']._serialized_start=407
+  _globals['_READACTIVATIONS']._serialized_end=481
+  _globals['_READLOGITLENS']._serialized_start=483
+  _globals['_READLOGITLENS']._serialized_end=548
+  _globals['_READFEATURES']._serialized_start=550
+  _globals['_READFEATURES']._serialized_end=632
+  _globals['_READPROBE']._serialized_start=634
+  _globals['_READPROBE']._serialized_end=704
+  _globals['_PROBESCORES']._serialized_start=706
+  _globals['_PROBESCORES']._serialized_end=735
+  _globals['_PROBESCOREROWS']._serialized_start=737
+  _globals['_PROBESCOREROWS']._serialized_end=800
+  _globals['_FEATUREACTIVATIONS']._serialized_start=802
+  _globals['_FEATUREACTIVATIONS']._serialized_end=864
+  _globals['_FEATUREROWS']._serialized_start=866
+  _globals['_FEATUREROWS']._serialized_end=937
+  _globals['_READOUTVALUE']._serialized_start=940
+  _globals['_READOUTVALUE']._serialized_end=1174
+  _globals['_PROMPTREADOUT']._serialized_start=1177
+  _globals['_PROMPTREADOUT']._serialized_end=1442
+  _globals['_TOPTOKENS']._serialized_start=1444
+  _globals['_TOPTOKENS']._serialized_end=1508
+  _globals['_TOPTOKENSBYPOSITION']._serialized_start=1510
+  _globals['_TOPTOKENSBYPOSITION']._serialized_end=1576
 # @@protoc_insertion_point(module_scope)

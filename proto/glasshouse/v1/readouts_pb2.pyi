@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as _abc
+from glasshouse.v1 import conditions_pb2 as _conditions_pb2
 from glasshouse.v1 import inputs_pb2 as _inputs_pb2
 from glasshouse.v1 import tensors_pb2 as _tensors_pb2
 from google.protobuf import descriptor as _descriptor
@@ -30,6 +31,7 @@ class Readout(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def positions(self) -> _inputs_pb2.PositionSelector:
         """Where. Default: every position."""
@@ -46,6 +48,10 @@ class Readout(_message.Message):
     def features(self) -> Global___ReadFeatures:
         """Features of a dictionary."""
 
+    @_builtins.property
+    def probe(self) -> Global___ReadProbe:
+        """Scores of a probe."""
+
     def __init__(
         self,
         *,
@@ -53,12 +59,13 @@ class Readout(_message.Message):
         activations: Global___ReadActivations | None = ...,
         logit_lens: Global___ReadLogitLens | None = ...,
         features: Global___ReadFeatures | None = ...,
+        probe: Global___ReadProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "probe", b"probe", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "probe", b"probe", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["activations", "logit_lens", "features"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["activations", "logit_lens", "features", "probe"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 
@@ -153,6 +160,96 @@ class ReadFeatures(_message.Message):
 Global___ReadFeatures: _TypeAlias = ReadFeatures  # noqa: Y015
 
 @_typing.final
+class ReadProbe(_message.Message):
+    """Scores of a probe on the activations at its hook points. One that pools over positions (last, mean, max) is scored
+    at each position on what it pools from the readout's positions so far, that one included.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBE_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    probe: _builtins.str
+    """Format: `models/{model}/probes/{probe}`, or `{probe}` alone, each with or without `@{version}`; without one the
+    latest. Required.
+    """
+    output: _conditions_pb2.ProbeOutput.ValueType
+    """Unit of the scores. Default: PROBE_OUTPUT_SCORE."""
+    def __init__(
+        self,
+        *,
+        probe: _builtins.str = ...,
+        output: _conditions_pb2.ProbeOutput.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "probe", b"probe"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadProbe: _TypeAlias = ReadProbe  # noqa: Y015
+
+@_typing.final
+class ProbeScores(_message.Message):
+    """A probe's scores at one position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One a column: the positive class alone of a binary probe, else one a class or label. The labels are in the prompt's
+        readout.
+        """
+
+    def __init__(
+        self,
+        *,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeScores: _TypeAlias = ProbeScores  # noqa: Y015
+
+@_typing.final
+class ProbeScoreRows(_message.Message):
+    """A probe's scores at several positions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LABELS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    probe: _builtins.str
+    """The probe that was read. Format: `models/{model}/probes/{probe}@{version}`. Set with the labels."""
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the columns. Set in the first piece of a chunked value."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Row-major (n_positions, n_columns), of the positions in this piece; later pieces go on where it ends."""
+
+    def __init__(
+        self,
+        *,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        probe: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "probe", b"probe", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeScoreRows: _TypeAlias = ProbeScoreRows  # noqa: Y015
+
+@_typing.final
 class FeatureActivations(_message.Message):
     """Feature activations at one position: the strongest first, or in the order asked for."""
 
@@ -230,6 +327,7 @@ class ReadoutValue(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     readout: _builtins.int
     """Index in the request's `readouts`."""
     @_builtins.property
@@ -244,6 +342,10 @@ class ReadoutValue(_message.Message):
     def features(self) -> Global___FeatureActivations:
         """Features."""
 
+    @_builtins.property
+    def probe(self) -> Global___ProbeScores:
+        """Scores of a probe."""
+
     def __init__(
         self,
         *,
@@ -251,12 +353,13 @@ class ReadoutValue(_message.Message):
         activations: _tensors_pb2.Tensor | None = ...,
         logit_lens: Global___TopTokens | None = ...,
         features: Global___FeatureActivations | None = ...,
+        probe: Global___ProbeScores | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "probe", b"probe", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "readout", b"readout", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "probe", b"probe", "readout", b"readout", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens", "features"]  # noqa: Y015
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens", "features", "probe"]  # noqa: Y015
     _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
 
@@ -273,6 +376,7 @@ class PromptReadout(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
     LOGIT_LENS_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     readout: _builtins.int
     """Index in the request's `readouts`."""
     @_builtins.property
@@ -291,6 +395,10 @@ class PromptReadout(_message.Message):
     def features(self) -> Global___FeatureRows:
         """Features of the positions in this piece; later pieces go on where it ends."""
 
+    @_builtins.property
+    def probe(self) -> Global___ProbeScoreRows:
+        """Scores of a probe, one row a position."""
+
     def __init__(
         self,
         *,
@@ -299,12 +407,13 @@ class PromptReadout(_message.Message):
         activations: _tensors_pb2.TensorChunk | None = ...,
         logit_lens: Global___TopTokensByPosition | None = ...,
         features: Global___FeatureRows | None = ...,
+        probe: Global___ProbeScoreRows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "probe", b"probe", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "readout", b"readout", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "features", b"features", "logit_lens", b"logit_lens", "positions", b"positions", "probe", b"probe", "readout", b"readout", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens", "features"]  # noqa: Y015
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["activations", "logit_lens", "features", "probe"]  # noqa: Y015
     _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
 

@@ -22,11 +22,12 @@ from glasshouse.server.types.interventions import (
     FeatureEdit,
     Intervention,
     InterventionReceipt,
+    NamedDirection,
     ScaleFeatures,
     SetFeatures,
 )
 from glasshouse.server.types.models import ModelInfo
-from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, Readout, WireDType
+from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, Readout, ReadProbe, WireDType
 from glasshouse.server.types.selectors import ResolvedPositions, Selector, resolve
 from glasshouse.wire import reasons
 
@@ -78,6 +79,10 @@ class Preparation:
         ready: list[PreparedIntervention] = []
         for index, intervention in enumerate(interventions):
             field = f"interventions[{index}]"
+            if intervention.condition is not None:
+                raise _not_served(f"{field}.condition", "conditions")
+            if any(isinstance(part, NamedDirection) for part in vars(intervention.edit).values()):
+                raise _not_served(f"{field}.{intervention.edit.kind}.direction", "named directions")
             positions = self._resolve(intervention.positions, prompt, n_fed, f"{field}.positions")
             if isinstance(intervention.edit, SetFeatures | ScaleFeatures):
                 ready.append(self._feature_edit(intervention, intervention.edit, index, positions, field))
@@ -144,6 +149,8 @@ class Preparation:
                     )
                 )
                 continue
+            if isinstance(readout, ReadProbe):
+                raise _not_served(f"{field}.probe", "probes")
             inner = f"{field}.activations" if isinstance(readout, ReadActivations) else f"{field}.logit_lens"
             point = self.table.resolve(readout.hook_point, field=f"{inner}.hook_point")
             ready.append(
@@ -205,6 +212,16 @@ class Preparation:
             special_token_ids=self.info.special_token_ids,
             field=field,
         )
+
+
+def _not_served(field: str, what: str) -> FailedPrecondition:
+    return FailedPrecondition(
+        f"{field}: this engine does not serve {what}",
+        reason=reasons.CAPABILITY_MISSING,
+        field=field,
+        value=what,
+        remedy="leave it out",
+    )
 
 
 def _bytes_per_position(readout: PreparedReadout, n_fed: int) -> int:

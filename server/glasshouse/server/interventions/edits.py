@@ -21,8 +21,10 @@ from glasshouse.server.types.interventions import (
     AblateDirection,
     AddVector,
     CapProjection,
+    Direction,
     FloatArray,
     Intervention,
+    NamedDirection,
     Replace,
     Rotate,
     ScaleFeatures,
@@ -145,7 +147,8 @@ def prepare(
     )
 
 
-def _vector(vector: FloatArray, point: HookPoint, field: str) -> FloatArray:
+def _vector(vector: Direction, point: HookPoint, field: str) -> FloatArray:
+    assert not isinstance(vector, NamedDirection), "the engine puts named directions in place"
     if vector.shape != (point.width,):
         raise InvalidArgument(
             f"the vector has shape {tuple(vector.shape)}, {point.name} has width {point.width}",

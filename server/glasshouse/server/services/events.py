@@ -11,14 +11,15 @@ import numpy as np
 
 from glasshouse.server.types.errors import ResourceExhausted
 from glasshouse.server.types.generation import Finished, FinishReason, NewToken
-from glasshouse.server.types.readouts import FeatureRows, PromptReadout, TopTokens
+from glasshouse.server.types.readouts import FeatureRows, ProbeScoreRows, PromptReadout, TopTokens
 from glasshouse.v1 import generation_pb2 as pb
 from glasshouse.v1 import readouts_pb2
 from glasshouse.wire import reasons
 from glasshouse.wire.tensors import CHUNK_BYTES, chunks
 
+from .conditions import abort_message, flag_messages
 from .interventions import receipts
-from .readouts import ENTRY_BYTES, fill_top_tokens, fill_values
+from .readouts import ENTRY_BYTES, SCORE_BYTES, fill_top_tokens, fill_values
 from .token_strings import TokenStrings
 
 # An entry of top tokens on the wire, its string included: about this much, and rarely more.
@@ -33,6 +34,7 @@ _REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
+    FinishReason.ABORTED: pb.FINISH_REASON_ABORTED,
 }
 
 
@@ -117,6 +119,8 @@ def finished_message(event: Finished, seed: int) -> pb.GenerateResponse:
             ),
             receipt=receipts(event.receipt),
             seed=seed,
+            abort=None if event.abort is None else abort_message(event.abort),
+            flags=flag_messages(event.flags),
         )
     )
 
@@ -131,6 +135,9 @@ def _pieces(
             continue
         if isinstance(readout.values, FeatureRows):
             yield from _feature_pieces(readout, readout.values)
+            continue
+        if isinstance(readout.values, ProbeScoreRows):
+            yield from _probe_pieces(readout, readout.values)
             continue
         positions: Sequence[int] = readout.positions
         for chunk in chunks(readout.values):
@@ -180,3 +187,22 @@ def _feature_pieces(
         start = stop
         if start >= n_positions:
             return
+
+
+def _probe_pieces(
+    readout: PromptReadout, rows: ProbeScoreRows
+) -> Iterator[tuple[readouts_pb2.PromptReadout, int, int]]:
+    """Runs of positions; the first names the columns."""
+    n_positions, n_columns = rows.scores.shape
+    positions: Sequence[int] = readout.positions
+    labels, probe = rows.labels, rows.probe
+    at_a_time = max(1, CHUNK_BYTES // (SCORE_BYTES * n_columns))
+    for start in range(0, max(n_positions, 1), at_a_time):
+        piece = readouts_pb2.PromptReadout(readout=readout.readout, positions=positions)
+        scores = rows.scores[start : start + at_a_time]
+        piece.probe.labels.extend(labels)
+        piece.probe.probe = probe
+        piece.probe.scores.extend(scores.reshape(-1).tolist())
+        size = SCORE_BYTES * scores.size
+        yield piece, size + 4 * len(positions), size
+        positions, labels, probe = (), (), ""

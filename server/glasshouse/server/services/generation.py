@@ -26,6 +26,7 @@ from glasshouse.wire import reasons
 from . import fields, parameters
 from .call import Call
 from .catalogue import Catalogue, ServedModel
+from .conditions import abort_conditions
 from .events import TokenMessages, finished_message, prompt_messages
 from .inputs import InputReader
 from .interventions import interventions, receipts
@@ -117,6 +118,7 @@ class GenerationServicer:
         top_logprobs = parameters.top_logprobs(request.top_logprobs, "top_logprobs", limits)
         edits = interventions(request.interventions, limits)
         wanted = readouts(request.readouts, limits)
+        abort_when = abort_conditions(request.abort_when, limits)
         prompt = await reader.prompt(request.input, request.HasField("input"), "input")
         reader.check_fits(len(prompt), max_tokens, "input")
         fields.count(max_tokens, "max_tokens", limits.max_tokens, "max_tokens", "tokens to generate")
@@ -130,6 +132,7 @@ class GenerationServicer:
             top_logprobs=top_logprobs,
             interventions=edits,
             readouts=wanted,
+            abort_when=abort_when,
             request_id=call.request_id,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -11,10 +12,12 @@ from glasshouse.server.types.interventions import (
     AblateDirection,
     AddVector,
     CapProjection,
+    Direction,
     Edit,
     FloatArray,
     Intervention,
     InterventionReceipt,
+    NamedDirection,
     Replace,
     Rotate,
     ScaleFeatures,
@@ -22,9 +25,11 @@ from glasshouse.server.types.interventions import (
 )
 from glasshouse.server.types.limits import Limits
 from glasshouse.v1 import interventions_pb2 as pb
+from glasshouse.v1 import tensors_pb2
 from glasshouse.wire import reasons
 
 from . import fields, tensors
+from .conditions import condition
 from .selectors import selector
 
 _FEATURE_EDITS = ("set_features", "scale_features")
@@ -32,6 +37,7 @@ _EDITS = ("add_vector", "ablate_direction", "cap_projection", "rotate", "replace
 MAX_FEATURES = 4096
 # Below this sine of the angle between them, two vectors span no plane in float32.
 _PARALLEL_SINE = 1e-5
+_PLANE: tuple[Literal["first", "second"], ...] = ("first", "second")
 
 
 def interventions(messages: Sequence[pb.Intervention], limits: Limits) -> tuple[Intervention, ...]:
@@ -52,6 +58,8 @@ def receipts(entries: Sequence[InterventionReceipt]) -> list[pb.InterventionRece
             positions_applied=entry.positions_applied,
             hook_points=entry.hook_points,
             content_hash=entry.content_hash,
+            positions_steered=entry.positions_steered,
+            resources=entry.resources,
         )
         for entry in entries
     ]
@@ -61,7 +69,7 @@ def _intervention(message: pb.Intervention, field: str, limits: Limits) -> Inter
     kind = message.WhichOneof("edit")
     if kind is not None and kind not in _EDITS:
         raise fields.not_served(f"{field}.{kind}", kind)
-    if not message.hook_point and kind not in _FEATURE_EDITS:
+    if not message.hook_point and kind not in _FEATURE_EDITS and not _names_a_direction(message):
         raise fields.required(
             f"{field}.hook_point", "where to edit", "name a writable hook point; ListHookPoints lists them"
         )
@@ -71,7 +79,44 @@ def _intervention(message: pb.Intervention, field: str, limits: Limits) -> Inter
         edit=_edit(message, field),
         positions=positions,
         preserve_norm=message.preserve_norm,
+        condition=(
+            condition(message.condition, f"{field}.condition", limits)
+            if message.HasField("condition")
+            else None
+        ),
     )
+
+
+def _names_a_direction(message: pb.Intervention) -> bool:
+    """Whether a named direction can say where the edit is made."""
+    match message.WhichOneof("edit"):
+        case "add_vector":
+            return bool(message.add_vector.direction)
+        case "ablate_direction":
+            return bool(message.ablate_direction.direction)
+        case "cap_projection":
+            return bool(message.cap_projection.direction)
+        case "rotate":
+            return bool(message.rotate.first_direction or message.rotate.second_direction)
+        case _:
+            return False
+
+
+def _direction(
+    vector: tensors_pb2.Tensor, present: bool, name: str, field: str, named: str, *, nonzero: bool
+) -> Direction:
+    """A vector, or the name of one: `field` is the vector's path, `named` the name's."""
+    if not name:
+        return tensors.vector(vector, present, field, nonzero=nonzero)
+    if present:
+        raise InvalidArgument(
+            f"{field} and {named} are both given",
+            reason=reasons.FIELD_CONFLICT,
+            field=named,
+            value=name,
+            remedy="send the vector, or name a direction",
+        )
+    return NamedDirection(name)
 
 
 def _edit(message: pb.Intervention, field: str) -> Edit:
@@ -80,10 +125,8 @@ def _edit(message: pb.Intervention, field: str) -> Edit:
             return _add_vector(message.add_vector, f"{field}.add_vector")
         case "ablate_direction":
             ablate = message.ablate_direction
-            path = f"{field}.ablate_direction.vector"
-            return AblateDirection(
-                vector=tensors.vector(ablate.vector, ablate.HasField("vector"), path, nonzero=True)
-            )
+            path = f"{field}.ablate_direction"
+            return AblateDirection(vector=_vector(ablate, path, nonzero=True))
         case "cap_projection":
             return _cap(message.cap_projection, f"{field}.cap_projection")
         case "rotate":
@@ -105,14 +148,25 @@ def _edit(message: pb.Intervention, field: str) -> Edit:
             raise fields.required(field, f"an edit, one of {names}", f"set one of {names}")
 
 
+def _vector(
+    message: pb.AddVector | pb.AblateDirection | pb.CapProjection, field: str, *, nonzero: bool
+) -> Direction:
+    return _direction(
+        message.vector,
+        message.HasField("vector"),
+        message.direction,
+        f"{field}.vector",
+        f"{field}.direction",
+        nonzero=nonzero,
+    )
+
+
 def _add_vector(message: pb.AddVector, field: str) -> AddVector:
     if message.scale not in pb.AddScale.values():
         raise fields.out_of_range(f"{field}.scale", message.scale, "a known AddScale: plain or norm")
     norm_scaled = message.scale == pb.ADD_SCALE_NORM
     return AddVector(
-        vector=tensors.vector(
-            message.vector, message.HasField("vector"), f"{field}.vector", nonzero=norm_scaled
-        ),
+        vector=_vector(message, field, nonzero=norm_scaled),
         coefficient=(
             fields.finite(message.coefficient, f"{field}.coefficient")
             if message.HasField("coefficient")
@@ -135,13 +189,24 @@ def _cap(message: pb.CapProjection, field: str) -> CapProjection:
             value=minimum,
             remedy="give a min that is not above max",
         )
-    vector = tensors.vector(message.vector, message.HasField("vector"), f"{field}.vector", nonzero=True)
-    return CapProjection(vector=vector, maximum=maximum, minimum=minimum)
+    return CapProjection(vector=_vector(message, field, nonzero=True), maximum=maximum, minimum=minimum)
 
 
 def _rotate(message: pb.RotateActivation, field: str) -> Rotate:
-    first = tensors.vector(message.first, message.HasField("first"), f"{field}.first", nonzero=True)
-    second = tensors.vector(message.second, message.HasField("second"), f"{field}.second", nonzero=True)
+    first, second = (
+        _direction(
+            getattr(message, part),
+            message.HasField(part),
+            getattr(message, f"{part}_direction"),
+            f"{field}.{part}",
+            f"{field}.{part}_direction",
+            nonzero=True,
+        )
+        for part in _PLANE
+    )
+    angle = fields.finite(message.angle_radians, f"{field}.angle_radians")
+    if isinstance(first, NamedDirection) or isinstance(second, NamedDirection):
+        return Rotate(first=first, second=second, angle_radians=angle)
     if first.shape != second.shape:
         raise InvalidArgument(
             f"{field}.second has {second.size} elements, first has {first.size}",
@@ -158,7 +223,6 @@ def _rotate(message: pb.RotateActivation, field: str) -> Rotate:
             value="parallel to first",
             remedy="give two vectors that point in different directions",
         )
-    angle = fields.finite(message.angle_radians, f"{field}.angle_radians")
     return Rotate(first=first, second=second, angle_radians=angle)
 
 

@@ -8,11 +8,13 @@ from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.server.types.limits import Limits
 from glasshouse.server.types.readouts import (
     FeatureActivations,
+    ProbeScores,
     ReadActivations,
     ReadFeatures,
     ReadLogitLens,
     Readout,
     ReadoutValue,
+    ReadProbe,
     TopTokens,
     WireDType,
 )
@@ -23,6 +25,7 @@ from glasshouse.v1 import tensors_pb2 as tensors_pb
 from glasshouse.wire import reasons
 
 from . import fields, tensors
+from .conditions import probe_output
 from .selectors import selector
 from .token_strings import TokenStrings
 
@@ -32,6 +35,7 @@ DEFAULT_FEATURES_TOP_K = 8
 MAX_FEATURES_TOP_K = 1024
 # Bytes of an entry of top tokens, an id and a log-probability, and of one of features, an id and an activation.
 ENTRY_BYTES = 8
+SCORE_BYTES = 4
 
 _DTYPES: dict[int, WireDType] = {
     tensors_pb.DTYPE_UNSPECIFIED: "float32",
@@ -74,8 +78,14 @@ def _readout(message: pb.Readout, field: str, limits: Limits) -> Readout:
             )
         case "features":
             return _read_features(message.features, positions, f"{field}.features")
+        case "probe":
+            probe, path = message.probe, f"{field}.probe"
+            if not probe.probe:
+                raise fields.required(f"{path}.probe", "whose scores", "name a probe; ListProbes lists them")
+            output = probe_output(probe.output, f"{path}.output")
+            return ReadProbe(probe=probe.probe, output=output, positions=positions)
         case None:
-            choices = "activations, logit_lens, features"
+            choices = "activations, logit_lens, features, probe"
             raise fields.required(field, "what to read", f"set one of {choices}")
         case other:
             raise fields.not_served(f"{field}.{other}", other)
@@ -132,6 +142,9 @@ def fill_values(
             entry.features.feature_ids.extend(value.ids.tolist())
             entry.features.activations.extend(value.activations.tolist())
             n_bytes += ENTRY_BYTES * len(value.ids)
+        elif isinstance(value, ProbeScores):
+            entry.probe.scores.extend(value.scores.tolist())
+            n_bytes += SCORE_BYTES * len(value.scores)
         else:
             n_bytes += tensors.fill(entry.activations, value)
     return n_bytes

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from .conditions import Abort, Condition, MonitorFlag
 from .interventions import Intervention, InterventionReceipt
 from .readouts import Array, PromptReadout, Readout, ReadoutValue, TopTokens, WireDType
 from .selectors import EVERYWHERE, Selector
@@ -34,6 +35,7 @@ class GenerationRequest:
     top_logprobs: int = 0
     interventions: tuple[Intervention, ...] = ()
     readouts: tuple[Readout, ...] = ()
+    abort_when: tuple[Condition, ...] = ()
     request_id: str = ""
 
 
@@ -43,6 +45,7 @@ class FinishReason(Enum):
     LENGTH = "length"
     STOP_TOKEN = "stop_token"
     STOP_STRING = "stop_string"
+    ABORTED = "aborted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,8 @@ class Finished:
     usage: Usage
     receipt: tuple[InterventionReceipt, ...] = ()
     seed: int = 0
+    abort: Abort | None = None
+    flags: tuple[MonitorFlag, ...] = ()
 
 
 GenerationEvent = Prefilled | NewToken | Finished

@@ -6,16 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .conditions import Condition
 from .selectors import EVERYWHERE, Selector
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class NamedDirection:
+    """A direction by its name; the engine puts its vector in place."""
+
+    name: str
+
+
+Direction = FloatArray | NamedDirection
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddVector:
     """s + c v, or with `norm_scaled` s + c |s| v/|v|. `vector`: (width,)."""
 
-    vector: FloatArray
+    vector: Direction
     coefficient: float = 1.0
     norm_scaled: bool = False
     kind = "add_vector"
@@ -25,7 +36,7 @@ class AddVector:
 class AblateDirection:
     """s - (s.v^) v^. `vector`: (width,)."""
 
-    vector: FloatArray
+    vector: Direction
     kind = "ablate_direction"
 
 
@@ -33,7 +44,7 @@ class AblateDirection:
 class CapProjection:
     """s with s.v^ clamped to [minimum, maximum], either of them absent. `vector`: (width,)."""
 
-    vector: FloatArray
+    vector: Direction
     maximum: float | None = None
     minimum: float | None = None
     kind = "cap_projection"
@@ -43,8 +54,8 @@ class CapProjection:
 class Rotate:
     """s turned to `angle_radians` within the plane of `first` and `second`, both (width,) (angular steering)."""
 
-    first: FloatArray
-    second: FloatArray
+    first: Direction
+    second: Direction
     angle_radians: float = 0.0
     kind = "rotate"
 
@@ -83,20 +94,27 @@ Edit = AddVector | AblateDirection | CapProjection | Rotate | Replace | FeatureE
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention:
-    """One edit: where, at which positions, what. A feature edit leaves `hook_point` empty: its dictionary names it."""
+    """One edit: where, at which positions, what, and under which condition. A feature edit leaves `hook_point` empty: its
+    dictionary names it; an edit by a named direction may.
+    """
 
     hook_point: str
     edit: Edit
     positions: Selector = EVERYWHERE
     preserve_norm: bool = False
+    condition: Condition | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class InterventionReceipt:
-    """What was done for one intervention, counted where it was done."""
+    """What was done for one intervention, counted where it was done. `positions_steered`: of those applied, where its
+    condition held. `resources`: the named directions and probes that it used, with their versions.
+    """
 
     index: int
     edit: str
     hook_points: tuple[str, ...]
     positions_applied: int
     content_hash: str
+    positions_steered: int = 0
+    resources: tuple[str, ...] = ()

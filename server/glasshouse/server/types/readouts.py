@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .conditions import ProbeOutput
 from .selectors import EVERYWHERE, Selector
 
 WireDType = Literal["float32", "bfloat16", "float16"]
@@ -44,7 +45,16 @@ class ReadFeatures:
     positions: Selector = EVERYWHERE
 
 
-Readout = ReadActivations | ReadLogitLens | ReadFeatures
+@dataclass(frozen=True, kw_only=True)
+class ReadProbe:
+    """Scores of a probe. One that pools over positions pools those of `positions` so far."""
+
+    probe: str
+    output: ProbeOutput = ProbeOutput.SCORE
+    positions: Selector = EVERYWHERE
+
+
+Readout = ReadActivations | ReadLogitLens | ReadFeatures | ReadProbe
 
 
 @dataclass(frozen=True)
@@ -79,19 +89,37 @@ class FeatureRows:
         return FeatureActivations(self.ids[low:high], self.activations[low:high])
 
 
-# Of one position: (width,) or (n_heads, n_keys) arrays, or top tokens, or features.
-ReadoutValue = Array | TopTokens | FeatureActivations
+@dataclass(frozen=True)
+class ProbeScores:
+    """A probe's scores at one position: float32 (n_columns,)."""
+
+    scores: Array
+
+
+@dataclass(frozen=True)
+class ProbeScoreRows:
+    """A probe's scores at several positions: float32 (n_positions, n_columns); `labels` name the columns, `probe` is the
+    resource name of the version that was read.
+    """
+
+    probe: str
+    labels: tuple[str, ...]
+    scores: Array
+
+
+# Of one position: (width,) or (n_heads, n_keys) arrays, or top tokens, or features, or a probe's scores.
+ReadoutValue = Array | TopTokens | FeatureActivations | ProbeScores
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptReadout:
     """One readout over a prompt: `positions` ascending; `values` (n_positions, width), or (n_heads, n_positions,
-    n_prompt) for attention maps, or one TopTokens a position, or feature rows.
+    n_prompt) for attention maps, or one TopTokens a position, or feature rows, or a probe's score rows.
     """
 
     readout: int
     positions: tuple[int, ...]
-    values: Array | tuple[TopTokens, ...] | FeatureRows
+    values: Array | tuple[TopTokens, ...] | FeatureRows | ProbeScoreRows
 
 
 # What was read at one position, by readout index.

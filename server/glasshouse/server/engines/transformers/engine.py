@@ -20,7 +20,7 @@ import torch
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries
 from glasshouse.server.engines.engine import Engine, EngineStatus
-from glasshouse.server.engines.preparation import Preparation
+from glasshouse.server.engines.preparation import Preparation, _not_served
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models.families.norms import NormKind, regain
 from glasshouse.server.models.loaded import LoadedModel
@@ -217,6 +217,8 @@ class TransformersEngine(Engine):
         edits = self._preparation.edits(request.interventions, prompt=request.prompt, n_fed=n_fed)
         readouts = self._preparation.readouts(request.readouts, prompt=request.prompt, n_fed=n_fed)
         self._preparation.check_bytes(readouts, n_fed=n_fed, field="readouts")
+        if request.abort_when:
+            raise _not_served("abort_when", "conditions")
         stream: EventStream[GenerationEvent] = self._stream()
         row = GenerationRow(
             request,
