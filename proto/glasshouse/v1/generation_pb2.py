@@ -29,35 +29,39 @@ from glasshouse.v1 import readouts_pb2 as glasshouse_dot_v1_dot_readouts__pb2
 from glasshouse.v1 import tensors_pb2 as glasshouse_dot_v1_dot_tensors__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eglasshouse/v1/generation.proto\x12\rglasshouse.v1\x1a\x1eglasshouse/v1/conditions.proto\x1a\x1aglasshouse/v1/inputs.proto\x1a!glasshouse/v1/interventions.proto\x1a\x1cglasshouse/v1/readouts.proto\x1a\x1bglasshouse/v1/tensors.proto\"\xea\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.glasshouse.v1.Input\x12\x12\n\nmax_tokens\x18\x03 \x01(\x05\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.glasshouse.v1.SamplingParameters\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\x05\x12\x32\n\rinterventions\x18\t \x03(\x0b\x32\x1b.glasshouse.v1.Intervention\x12(\n\x08readouts\x18\n \x03(\x0b\x32\x16.glasshouse.v1.Readout\x12,\n\nabort_when\x18\x0b \x03(\x0b\x32\x18.glasshouse.v1.Condition\"\x96\x01\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xa9\x01\n\x10GenerateResponse\x12,\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.glasshouse.v1.PromptEventH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.glasshouse.v1.TokensEventH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.glasshouse.v1.FinishedEventH\x00\x42\x07\n\x05\x65vent\"P\n\x0bPromptEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12.\n\x08readouts\x18\x02 \x03(\x0b\x32\x1c.glasshouse.v1.PromptReadout\"<\n\x0bTokensEvent\x12-\n\x06tokens\x18\x01 \x03(\x0b\x32\x1d.glasshouse.v1.GeneratedToken\"\xb2\x01\n\x0eGeneratedToken\x12\x10\n\x08position\x18\x01 \x01(\x03\x12\x10\n\x08token_id\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07logprob\x18\x04 \x01(\x02\x12.\n\x0ctop_logprobs\x18\x05 \x01(\x0b\x32\x18.glasshouse.v1.TopTokens\x12-\n\x08readouts\x18\x06 \x03(\x0b\x32\x1b.glasshouse.v1.ReadoutValue\"\xa7\x02\n\rFinishedEvent\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.glasshouse.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12\x15\n\rtrailing_text\x18\x03 \x01(\t\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.glasshouse.v1.Usage\x12\x33\n\x07receipt\x18\x05 \x03(\x0b\x32\".glasshouse.v1.InterventionReceipt\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12#\n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x14.glasshouse.v1.Abort\x12)\n\x05\x66lags\x18\x08 \x03(\x0b\x32\x1a.glasshouse.v1.MonitorFlag\"\x8b\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x03\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\"\x85\x01\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.glasshouse.v1.Input\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.glasshouse.v1.Intervention\x12\r\n\x05top_k\x18\x04 \x01(\x05\"\xb7\x01\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\'\n\x08logprobs\x18\x02 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12%\n\x03top\x18\x03 \x03(\x0b\x32\x18.glasshouse.v1.TopTokens\x12\x33\n\x07receipt\x18\x04 \x03(\x0b\x32\".glasshouse.v1.InterventionReceipt\x12\x0e\n\x06tokens\x18\x05 \x03(\t*\x9f\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x32\xa6\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.glasshouse.v1.GenerateRequest\x1a\x1f.glasshouse.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.glasshouse.v1.ScoreRequest\x1a\x1c.glasshouse.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eglasshouse/v1/generation.proto\x12\rglasshouse.v1\x1a\x1eglasshouse/v1/conditions.proto\x1a\x1aglasshouse/v1/inputs.proto\x1a!glasshouse/v1/interventions.proto\x1a\x1cglasshouse/v1/readouts.proto\x1a\x1bglasshouse/v1/tensors.proto\"\xf3\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.glasshouse.v1.Input\x12\x12\n\nmax_tokens\x18\x03 \x01(\x05\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.glasshouse.v1.SamplingParameters\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\x05\x12\x32\n\rinterventions\x18\t \x03(\x0b\x32\x1b.glasshouse.v1.Intervention\x12(\n\x08readouts\x18\n \x03(\x0b\x32\x16.glasshouse.v1.Readout\x12,\n\nabort_when\x18\x0b \x03(\x0b\x32\x18.glasshouse.v1.Condition\x12:\n\x06labels\x18\x0c \x03(\x0b\x32*.glasshouse.v1.GenerateRequest.LabelsEntry\x12\x1c\n\x14\x61llow_text_in_events\x18\r \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x96\x01\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xa9\x01\n\x10GenerateResponse\x12,\n\x06prompt\x18\x01 \x01(\x0b\x32\x1a.glasshouse.v1.PromptEventH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.glasshouse.v1.TokensEventH\x00\x12\x30\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1c.glasshouse.v1.FinishedEventH\x00\x42\x07\n\x05\x65vent\"P\n\x0bPromptEvent\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12.\n\x08readouts\x18\x02 \x03(\x0b\x32\x1c.glasshouse.v1.PromptReadout\"<\n\x0bTokensEvent\x12-\n\x06tokens\x18\x01 \x03(\x0b\x32\x1d.glasshouse.v1.GeneratedToken\"\xb2\x01\n\x0eGeneratedToken\x12\x10\n\x08position\x18\x01 \x01(\x03\x12\x10\n\x08token_id\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x0f\n\x07logprob\x18\x04 \x01(\x02\x12.\n\x0ctop_logprobs\x18\x05 \x01(\x0b\x32\x18.glasshouse.v1.TopTokens\x12-\n\x08readouts\x18\x06 \x03(\x0b\x32\x1b.glasshouse.v1.ReadoutValue\"\xa7\x02\n\rFinishedEvent\x12\x32\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1b.glasshouse.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12\x15\n\rtrailing_text\x18\x03 \x01(\t\x12#\n\x05usage\x18\x04 \x01(\x0b\x32\x14.glasshouse.v1.Usage\x12\x33\n\x07receipt\x18\x05 \x03(\x0b\x32\".glasshouse.v1.InterventionReceipt\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12#\n\x05\x61\x62ort\x18\x07 \x01(\x0b\x32\x14.glasshouse.v1.Abort\x12)\n\x05\x66lags\x18\x08 \x03(\x0b\x32\x1a.glasshouse.v1.MonitorFlag\"\x8b\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x03\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12#\n\x1btime_to_first_token_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\"\x85\x01\n\x0cScoreRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05input\x18\x02 \x01(\x0b\x32\x14.glasshouse.v1.Input\x12\x32\n\rinterventions\x18\x03 \x03(\x0b\x32\x1b.glasshouse.v1.Intervention\x12\r\n\x05top_k\x18\x04 \x01(\x05\"\xb7\x01\n\rScoreResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\'\n\x08logprobs\x18\x02 \x01(\x0b\x32\x15.glasshouse.v1.Tensor\x12%\n\x03top\x18\x03 \x03(\x0b\x32\x18.glasshouse.v1.TopTokens\x12\x33\n\x07receipt\x18\x04 \x03(\x0b\x32\".glasshouse.v1.InterventionReceipt\x12\x0e\n\x06tokens\x18\x05 \x03(\t*\x9f\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x01\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x02\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x32\xa6\x01\n\x11GenerationService\x12M\n\x08Generate\x12\x1e.glasshouse.v1.GenerateRequest\x1a\x1f.glasshouse.v1.GenerateResponse0\x01\x12\x42\n\x05Score\x12\x1b.glasshouse.v1.ScoreRequest\x1a\x1c.glasshouse.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'glasshouse.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1981
-  _globals['_FINISHREASON']._serialized_end=2140
+  _globals['_GENERATEREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2118
+  _globals['_FINISHREASON']._serialized_end=2277
   _globals['_GENERATEREQUEST']._serialized_start=204
-  _globals['_GENERATEREQUEST']._serialized_end=566
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=569
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=719
-  _globals['_GENERATERESPONSE']._serialized_start=722
-  _globals['_GENERATERESPONSE']._serialized_end=891
-  _globals['_PROMPTEVENT']._serialized_start=893
-  _globals['_PROMPTEVENT']._serialized_end=973
-  _globals['_TOKENSEVENT']._serialized_start=975
-  _globals['_TOKENSEVENT']._serialized_end=1035
-  _globals['_GENERATEDTOKEN']._serialized_start=1038
-  _globals['_GENERATEDTOKEN']._serialized_end=1216
-  _globals['_FINISHEDEVENT']._serialized_start=1219
-  _globals['_FINISHEDEVENT']._serialized_end=1514
-  _globals['_USAGE']._serialized_start=1517
-  _globals['_USAGE']._serialized_end=1656
-  _globals['_SCOREREQUEST']._serialized_start=1659
-  _globals['_SCOREREQUEST']._serialized_end=1792
-  _globals['_SCORERESPONSE']._serialized_start=1795
-  _globals['_SCORERESPONSE']._serialized_end=1978
-  _globals['_GENERATIONSERVICE']._serialized_start=2143
-  _globals['_GENERATIONSERVICE']._serialized_end=2309
+  _globals['_GENERATEREQUEST']._serialized_end=703
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=658
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=703
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=706
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=856
+  _globals['_GENERATERESPONSE']._serialized_start=859
+  _globals['_GENERATERESPONSE']._serialized_end=1028
+  _globals['_PROMPTEVENT']._serialized_start=1030
+  _globals['_PROMPTEVENT']._serialized_end=1110
+  _globals['_TOKENSEVENT']._serialized_start=1112
+  _globals['_TOKENSEVENT']._serialized_end=1172
+  _globals['_GENERATEDTOKEN']._serialized_start=1175
+  _globals['_GENERATEDTOKEN']._serialized_end=1353
+  _globals['_FINISHEDEVENT']._serialized_start=1356
+  _globals['_FINISHEDEVENT']._serialized_end=1651
+  _globals['_USAGE']._serialized_start=1654
+  _globals['_USAGE']._serialized_end=1793
+  _globals['_SCOREREQUEST']._serialized_start=1796
+  _globals['_SCOREREQUEST']._serialized_end=1929
+  _globals['_SCORERESPONSE']._serialized_start=1932
+  _globals['_SCORERESPONSE']._serialized_end=2115
+  _globals['_GENERATIONSERVICE']._serialized_start=2280
+  _globals['_GENERATIONSERVICE']._serialized_end=2446
 # @@protoc_insertion_point(module_scope)

@@ -62,6 +62,26 @@ class GenerateRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MODEL_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
@@ -73,6 +93,8 @@ class GenerateRequest(_message.Message):
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     READOUTS_FIELD_NUMBER: _builtins.int
     ABORT_WHEN_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    ALLOW_TEXT_IN_EVENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Format: `models/{model}`, or `{model}` alone. Default: the only model served."""
     max_tokens: _builtins.int
@@ -81,6 +103,10 @@ class GenerateRequest(_message.Message):
     """Go on past the model's end-of-sequence tokens. Default: false."""
     top_logprobs: _builtins.int
     """Alternatives to report with each token. Default: 0, the chosen token's log-probability alone. Limit: 100."""
+    allow_text_in_events: _builtins.bool
+    """Whether the text may be told in the events of monitors that ask for it, where the server's setting `monitors.text`
+    leaves it to the caller. Default: false.
+    """
     @_builtins.property
     def input(self) -> _inputs_pb2.Input:
         """The prompt. Required; at least one token."""
@@ -111,6 +137,12 @@ class GenerateRequest(_message.Message):
         activations after all edits. CONDITION_SCOPE_LATCHED is as CONDITION_SCOPE_POSITION here. Limit: 16.
         """
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the request is about, for monitors to choose by and to note in their events. Limit: 16 labels; keys of 1 to 64
+        letters, digits, '.', '_' and '-'; values of 256 bytes.
+        """
+
     def __init__(
         self,
         *,
@@ -125,10 +157,12 @@ class GenerateRequest(_message.Message):
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
         readouts: _abc.Iterable[_readouts_pb2.Readout] | None = ...,
         abort_when: _abc.Iterable[_conditions_pb2.Condition] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        allow_text_in_events: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_when", b"abort_when", "ignore_eos", b"ignore_eos", "input", b"input", "interventions", b"interventions", "max_tokens", b"max_tokens", "model", b"model", "readouts", b"readouts", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_when", b"abort_when", "allow_text_in_events", b"allow_text_in_events", "ignore_eos", b"ignore_eos", "input", b"input", "interventions", b"interventions", "labels", b"labels", "max_tokens", b"max_tokens", "model", b"model", "readouts", b"readouts", "sampling", b"sampling", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
