@@ -1,0 +1,183 @@
+"""What a worker pushes to the gateway each step: one ZMQ multipart message.
+
+Frame 0 is a msgpack header; frame 1 the int32 index arrays one after the other; then one frame a value array, C-contiguous,
+little-endian. Arrays come out as views of the frames: nothing is copied.
+
+Rows are keyed by (tag, readout, position) and the last one wins: a position runs again after preemption, and
+speculation runs positions that are then rejected. Hand a row out only once the token count confirms its position. The
+token sampled last is never fed, so it has no row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# Why a request failed in the worker; `StepError.reason`.
+PLAN_REFUSED = "plan_refused"  # the plan cannot be installed: nothing of it was applied
+NOT_APPLIED = (
+    "not_applied"  # a site did not fire, or an op failed: tokens from this step on are not to be used
+)
+READOUT_FAILED = "readout_failed"  # reading failed; edits are as they should be
+OVERFLOW = "overflow"  # the gateway did not keep up, rows were dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepError:
+    """A request that failed here and only here: abort it. After NOT_APPLIED its keys and values may lie unedited in
+    the prefix cache under its salt: raise the `epoch` of `salt.cache_salt`.
+    """
+
+    tag: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ran:
+    """What the forward pass ran of hooked requests, int32 (n,) each: positions `starts`..`starts + counts` of `tags`,
+    at which edits ran `applied` times in all (each edit once a position; counted by the kernels' own rows).
+    """
+
+    tags: Array
+    starts: Array
+    counts: Array
+    applied: Array
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowBlock:
+    """Rows read: `tags`, `readouts` (index in the request) and `positions` int32 (n,); `values` (n, ...) each.
+
+    kind "activations": (activations (n, W) in the readout's dtype,)
+    kind "features":    (ids int32 (n, k), activations float32 (n, k)); -1 in empty slots, at the end of a row; named
+                        features come in the order asked, none empty
+    kind "lens":        (token ids int32 (n, k), log-probabilities float32 (n, k)), descending
+    """
+
+    kind: str
+    tags: Array
+    readouts: Array
+    positions: Array
+    values: tuple[Array, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepReport:
+    """One message. `armed`: tags whose plan is installed from this step on (on this rank)."""
+
+    rank: int
+    step: int
+    armed: tuple[int, ...] = ()
+    errors: tuple[StepError, ...] = ()
+    ran: Ran | None = None
+    blocks: tuple[RowBlock, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlockHeader:
+    kind: str
+    n: int
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    rank: int
+    step: int
+    armed: tuple[int, ...]
+    errors: tuple[tuple[int, str, str], ...]
+    n_ran: int
+    blocks: tuple[_BlockHeader, ...]
+
+
+@cache
+def _codec() -> tuple[Any, Any]:
+    import msgspec
+
+    return msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(_Header)
+
+
+def pack_report(report: StepReport) -> list[Any]:
+    """The frames of a message, for `socket.send_multipart`. The arrays themselves are frames, not copies."""
+    indices: list[Array] = []
+    ran = report.ran
+    if ran is not None:
+        indices += [ran.tags, ran.starts, ran.counts, ran.applied]
+    headers = []
+    frames: list[Any] = []
+    for block in report.blocks:
+        indices += [block.tags, block.readouts, block.positions]
+        arrays = [np.ascontiguousarray(array) for array in block.values]
+        headers.append(
+            _BlockHeader(
+                kind=block.kind,
+                n=len(block.tags),
+                arrays=tuple((array.dtype.name, array.shape) for array in arrays),
+            )
+        )
+        frames += [array.view(np.uint8) if array.dtype == ml_dtypes.bfloat16 else array for array in arrays]
+    header = _Header(
+        rank=report.rank,
+        step=report.step,
+        armed=report.armed,
+        errors=tuple((error.tag, error.reason, error.message) for error in report.errors),
+        n_ran=0 if ran is None else len(ran.tags),
+        blocks=tuple(headers),
+    )
+    index = np.concatenate(indices, dtype=np.int32) if indices else np.empty(0, np.int32)
+    return [_codec()[0].encode(header), index, *frames]
+
+
+def unpack_report(frames: Sequence[Any]) -> StepReport:
+    """The reverse; `frames` are anything with the buffer protocol (`recv_multipart(copy=False)`: pass `frame.buffer`)."""
+    header: _Header = _codec()[1].decode(frames[0])
+    index = np.frombuffer(frames[1], dtype=np.int32)
+    at = 0
+
+    def take(n: int) -> Array:
+        nonlocal at
+        part = index[at : at + n]
+        at += n
+        return part
+
+    ran = None
+    if header.n_ran:
+        n = header.n_ran
+        ran = Ran(tags=take(n), starts=take(n), counts=take(n), applied=take(n))
+    blocks = []
+    frame = 2
+    for block in header.blocks:
+        tags, readouts, positions = take(block.n), take(block.n), take(block.n)
+        values = []
+        for dtype, shape in block.arrays:
+            values.append(_array(frames[frame], dtype, shape))
+            frame += 1
+        blocks.append(
+            RowBlock(kind=block.kind, tags=tags, readouts=readouts, positions=positions, values=tuple(values))
+        )
+    return StepReport(
+        rank=header.rank,
+        step=header.step,
+        armed=header.armed,
+        errors=tuple(
+            StepError(tag=tag, reason=reason, message=message) for tag, reason, message in header.errors
+        ),
+        ran=ran,
+        blocks=tuple(blocks),
+    )
+
+
+def _array(frame: Any, dtype: str, shape: tuple[int, ...]) -> Array:
+    kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    if math.prod(shape) == 0:
+        return np.empty(shape, kind)
+    return np.frombuffer(frame, dtype=kind).reshape(shape)

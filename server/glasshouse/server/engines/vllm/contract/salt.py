@@ -1,0 +1,32 @@
+"""The prefix cache's salt: requests share cached keys and values only where every edit does the same at the same positions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from glasshouse.server.interventions.edits import PreparedIntervention
+from glasshouse.server.interventions.features import PreparedFeatureEdit
+
+
+def cache_salt(
+    edits: Sequence[PreparedIntervention],
+    *,
+    dictionary_keys: Mapping[str, str],
+    epoch: int = 0,
+    user_salt: str = "",
+) -> str | None:
+    """For vLLM's `cache_salt`; None where nothing sets the request apart.
+
+    Content hashes cover what is done, with which numbers, at which absolute positions. `epoch`: raised by the gateway
+    whenever a worker reports NOT_APPLIED, for unedited keys and values may lie under the old salt.
+    """
+    if not edits:
+        return user_salt or None
+    digest = hashlib.sha256(f"{epoch}\0{user_salt}\0".encode())
+    for edit in edits:
+        points = ",".join(point.name for point in edit.hook_points)
+        digest.update(f"{edit.content_hash}\0{points}\0".encode())
+        if isinstance(edit, PreparedFeatureEdit):
+            digest.update(f"{dictionary_keys[edit.dictionary.facts.name]}\0".encode())
+    return f"glasshouse:{digest.hexdigest()}"
