@@ -23,9 +23,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 # Why a request failed in the worker; `StepError.reason`.
 PLAN_REFUSED = "plan_refused"  # the plan cannot be installed: nothing of it was applied
-NOT_APPLIED = (
-    "not_applied"  # a site did not fire, or an op failed: tokens from this step on are not to be used
-)
+NOT_APPLIED = "not_applied"  # a site did not fire, or an op failed: tokens from this step on are void
 READOUT_FAILED = "readout_failed"  # reading failed; edits are as they should be
 OVERFLOW = "overflow"  # the gateway did not keep up, rows were dropped
 

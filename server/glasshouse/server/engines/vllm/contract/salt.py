@@ -1,4 +1,4 @@
-"""The prefix cache's salt: requests share cached keys and values only where every edit does the same at the same positions."""
+"""The prefix cache's salt: requests share cached keys only where every edit does the same at the same positions."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Inside vLLM's worker process: hooks in the model's graph, edits and readouts of the batch's rows, reports to the gateway."""
+"""Inside vLLM's worker process: hooks in the model's graph, edits and readouts of the batch's rows."""
