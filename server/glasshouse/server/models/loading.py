@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,39 +53,55 @@ def load_model(
     precision is slower and rounds what is read, and the checkpoint's own dtype on a GPU. `device`: auto, cpu,
     cuda or cuda:N. `name` is the served name; by default the folder's or repository's own.
     """
-    from transformers import AutoConfig
-
-    where = Path(source).expanduser()
-    is_folder = where.is_dir()
-    located = str(where) if is_folder else str(source)
-    if not is_folder and (isinstance(source, Path) or located.startswith((".", "/", "~"))):
-        raise _unsupported(f"There is no model folder {located!r}", "Give an existing folder or a hub id.")
-    if is_folder:
-        _check_folder(where)
     torch_device = _device(device)
-    options: dict[str, Any] = {
-        "revision": revision,
-        "local_files_only": is_folder,
-        "trust_remote_code": allow_remote_code,
-    }
-    try:
-        config = AutoConfig.from_pretrained(located, **options)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise _remote_code(located) from error
-        raise _unsupported(
-            f"The configuration of {located!r} cannot be read: {_first_line(error)}"
-        ) from error
-    if getattr(config, "auto_map", None) and not allow_remote_code:
-        raise _remote_code(located)
-    text_config = config.get_text_config()
-    _check_config(config, text_config)
-
+    located, config, options = _read_config(source, revision, allow_remote_code)
     model = _load_weights(located, config, _dtype(dtype, torch_device), options)
     model.eval().requires_grad_(False).to(torch_device)
     tokenizer = _load_tokenizer(located, options)
-    model_name = name or where.resolve().name if is_folder else name or located.rsplit("/", 1)[-1]
-    return wrap_model(model, tokenizer, name=model_name, source=located)
+    return wrap_model(model, tokenizer, name=name or _name_of(located), source=located)
+
+
+def outline_model(
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    allow_remote_code: bool = False,
+    name: str | None = None,
+) -> LoadedModel:
+    """What `load_model` returns, without the weights: every fact, the tokenizer and the naming table, and a module on
+    torch's meta device that computes nothing. For engines that run the model elsewhere, on `device`.
+
+    `dtype` as in `load_model`, "auto" by `device`. A model of no known family is taken as it is, without hook points.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    located, config, options = _read_config(source, revision, allow_remote_code)
+    wanted = _dtype(dtype, torch.device(device))
+    if isinstance(wanted, str):
+        wanted = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=wanted, attn_implementation="eager", trust_remote_code=allow_remote_code
+        )
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(located, **options)
+    facts = _facts(model, config.get_text_config())
+    family = family_spec(config, facts) or unknown_family(model, config)
+    if family is None:
+        raise _unsupported(f"{config.model_type!r} is not laid out as transformers' own models are")
+    tokenizer = _load_tokenizer(located, options)
+    outlined = _loaded(
+        model,
+        tokenizer,
+        family,
+        attention.AttentionSwitch(),
+        facts,
+        name=name or _name_of(located),
+        source=located,
+    )
+    return replace(outlined, device=torch.device(device))
 
 
 def wrap_model(model: nn.Module, tokenizer: Any, *, name: str, source: str = "") -> LoadedModel:
@@ -105,13 +122,27 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, name: str, source: str = "")
             attention.install(module, switch, layer)
     else:
         family = _admit_unknown(model, config, switch)
-    codec = TextCodec(tokenizer)
+    return _loaded(model, tokenizer, family, switch, facts, name=name, source=source)
+
+
+def _loaded(
+    model: nn.Module,
+    tokenizer: Any,
+    family: FamilySpec,
+    switch: attention.AttentionSwitch,
+    facts: ModelFacts,
+    *,
+    name: str,
+    source: str,
+) -> LoadedModel:
+    config: Any = model.config
+    text_config = config.get_text_config()
     parameter = next(model.parameters())
     return LoadedModel(
         name=name,
         source=source,
         model=model,
-        tokenizer=codec,
+        tokenizer=TextCodec(tokenizer),
         family=family,
         attention=switch,
         n_layers=facts.n_layers,
@@ -130,6 +161,44 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, name: str, source: str = "")
         ),
         special_token_ids=frozenset(int(i) for i in getattr(tokenizer, "all_special_ids", ())),
     )
+
+
+def _read_config(
+    source: str | Path, revision: str | None, allow_remote_code: bool
+) -> tuple[str, Any, dict[str, Any]]:
+    """Where the model is, its configuration checked, and the options that all of its files are read with."""
+    from transformers import AutoConfig
+
+    where = Path(source).expanduser()
+    is_folder = where.is_dir()
+    located = str(where) if is_folder else str(source)
+    if not is_folder and (isinstance(source, Path) or located.startswith((".", "/", "~"))):
+        raise _unsupported(f"There is no model folder {located!r}", "Give an existing folder or a hub id.")
+    if is_folder:
+        _check_folder(where)
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": is_folder,
+        "trust_remote_code": allow_remote_code,
+    }
+    try:
+        config = AutoConfig.from_pretrained(located, **options)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise _remote_code(located) from error
+        raise _unsupported(
+            f"The configuration of {located!r} cannot be read: {_first_line(error)}"
+        ) from error
+    if getattr(config, "auto_map", None) and not allow_remote_code:
+        raise _remote_code(located)
+    text_config = config.get_text_config()
+    _check_config(config, text_config)
+    return located, config, options
+
+
+def _name_of(located: str) -> str:
+    where = Path(located)
+    return where.resolve().name if where.is_dir() else located.rsplit("/", 1)[-1]
 
 
 def _check_folder(folder: Path) -> None:

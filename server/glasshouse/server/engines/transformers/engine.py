@@ -22,10 +22,10 @@ from glasshouse.server.engines import dictionaries
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation, _not_served
 from glasshouse.server.hooks.table import HookTable
-from glasshouse.server.models.families.norms import NormKind, regain
+from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.tokenizer import TextCodec
-from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from glasshouse.server.types.errors import InvalidArgument, ResourceExhausted
 from glasshouse.server.types.generation import (
     ExtractedInput,
     ExtractionRequest,
@@ -175,24 +175,9 @@ class TransformersEngine(Engine):
         for name, path in self._preload.items():
             await dictionaries.load(self, self._table, name, path, sample)
 
-    @torch.inference_mode()
     def token_contributions(self, directions: FloatArray) -> FloatArray:
         """Logit contributions of directions; see `Engine`. Reads weights only, so any thread may call it."""
-        family, module = self._loaded.family, self._loaded.model
-        if family.norm is None or family.norm_kind is None:
-            raise FailedPrecondition(
-                f"the final norm of a {family.name} model is not known here",
-                reason=reasons.CAPABILITY_MISSING,
-                remedy="use a model of a supported family",
-            )
-        norm = module.get_submodule(family.norm)
-        rows = torch.from_numpy(directions).to(self._loaded.device, self._loaded.dtype)
-        if family.norm_kind is NormKind.LAYER:
-            rows = rows - rows.mean(dim=-1, keepdim=True)
-        # Without the gain's and the head's constant parts, which no direction brings about.
-        nothing = family.unembed(module, regain(family.norm_kind, norm, torch.zeros_like(rows[:1])))[0]
-        logits = family.unembed(module, regain(family.norm_kind, norm, rows))[0] - nothing
-        host: FloatArray = logits.float().cpu().numpy()
+        host: FloatArray = head.token_contributions(self._loaded, torch.from_numpy(directions)).numpy()
         return host
 
     async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
