@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from glasshouse.server.attribution.circuits import EdgeExperiment, discover_circuit, measure_circuit
+from glasshouse.server.attribution.circuits import (
+    EdgeExperiment,
+    discover_circuit,
+    discover_circuit_of_size,
+    measure_circuit,
+)
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.wiring import Wiring
 from glasshouse.server.types.errors import InvalidArgument
@@ -88,3 +93,37 @@ def test_progress_and_refusal(clean: Tensor, corrupt: Tensor) -> None:
     assert told[-1] == (3, int(Wiring(model).valid.sum()))
     with pytest.raises(InvalidArgument, match="threshold"):
         discover_circuit(model, clean, corrupt, threshold=0.0)
+
+
+def test_steps_tried_together_keep_what_one_by_one_keeps(
+    model: GradientModel, clean: Tensor, corrupt: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glasshouse.server.attribution.circuits.ROWS_AT_ONCE", 1)
+    one_by_one = discover_circuit(model, clean, corrupt, threshold=0.02)
+    monkeypatch.setattr("glasshouse.server.attribution.circuits.ROWS_AT_ONCE", 8)
+    together = discover_circuit(model, clean, corrupt, threshold=0.02)
+    assert torch.equal(one_by_one.kept, together.kept)
+    assert together.n_passes < one_by_one.n_passes
+
+
+def test_every_step_of_a_pass_is_a_full_recompute(
+    model: GradientModel, clean: Tensor, corrupt: Tensor
+) -> None:
+    """Rows that start late against whole passes: ACDC's own check."""
+    experiment = EdgeExperiment(Wiring(model), clean, corrupt)
+    drawn = torch.rand(6, *experiment.wiring.valid.shape, generator=torch.Generator().manual_seed(2))
+    kept = experiment.wiring.valid & (drawn > 0.3)
+    early = torch.tensor([d.layer < 2 for d in experiment.wiring.destinations])
+    kept[:3] |= experiment.wiring.valid & early
+    for rows in (kept[:3], kept[3:]):
+        whole = [experiment.value(row) for row in rows]
+        assert experiment.values(rows) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_circuit_of_a_size(various: GradientModel, clean: Tensor, corrupt: Tensor) -> None:
+    found = discover_circuit_of_size(various, clean, corrupt, n_edges=25)
+    assert 5 < len(found.edges) <= 25
+    again = discover_circuit(various, clean, corrupt, threshold=found.threshold)
+    assert torch.equal(again.kept, found.kept)
+    with pytest.raises(InvalidArgument, match="n_edges"):
+        discover_circuit_of_size(various, clean, corrupt, n_edges=0)

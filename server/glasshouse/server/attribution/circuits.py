@@ -7,6 +7,11 @@ https://arxiv.org/abs/2304.14997
 2. Go through the destinations from the output backwards, and through each one's sources from the latest. Corrupt
    the edge; if the metric grows by less than the threshold, it stays corrupt for good.
 3. A component whose outgoing edges are all corrupt changes nothing: its incoming edges are dropped without a pass.
+4. Several next steps are tried at once, as rows of one pass, each on the guess that all before it are dropped; the
+   first that is not ends the guess and the rest is thrown away. What is kept is exactly what one by one would keep.
+5. Until an edge into a layer is corrupt, everything before the layer is the clean run: a pass starts there.
+
+A circuit of a given size is found by bisecting the threshold, on a logarithmic scale.
 
 What is left is the circuit. With m the metric of a set of clean edges, m(all) that of the clean run and m(none) of
 the corrupt one:
@@ -19,14 +24,15 @@ Shapes: S sources, N destinations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from glasshouse.server.attribution.edge_attribution import check_lengths
-from glasshouse.server.attribution.edge_patching import forward_with_edges
+from glasshouse.server.attribution.edge_patching import PlainRun, forward_with_edges
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.metrics import KLDivergence, Metric
 from glasshouse.server.attribution.progress import Progress, silent
@@ -34,10 +40,18 @@ from glasshouse.server.attribution.wiring import Destination, Source, Wiring
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
+ROWS_AT_ONCE = 16
+"""The most steps that are tried in one pass."""
+
+SMALLEST_SHARE = 1e-5
+"""The smallest threshold that a search for a size comes to, as a share of the whole effect."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Circuit:
-    """The edges kept, latest destination first. kept: (S, N) bool. `n_passes` forward passes found it."""
+    """The edges kept, latest destination first. kept: (S, N) bool. `n_passes` forward passes found it, at `threshold`
+    (nan where the edges were given).
+    """
 
     wiring: Wiring
     edges: tuple[tuple[Source, Destination], ...]
@@ -47,6 +61,7 @@ class Circuit:
     corrupt_value: float
     complement_value: float
     n_passes: int
+    threshold: float = float("nan")
 
     @property
     def faithfulness(self) -> float:
@@ -72,10 +87,40 @@ class EdgeExperiment:
         check_lengths(self._clean, corrupt)
         with torch.no_grad():
             self._corrupt_SBTD = wiring.contributions(model.forward(corrupt, read=wiring.written).readings)
+            clean = model.forward(self._clean, read=wiring.written)
             if metric is None:
-                metric = KLDivergence(reference=KLDivergence.reference_of(model.forward(self._clean)))
+                metric = KLDivergence(reference=KLDivergence.reference_of(clean))
         self._metric = metric
+        self._plain: PlainRun | None = None
+        if self._clean.shape[0] == 1:
+            contributions = wiring.contributions(clean.readings)
+            self._plain = PlainRun(base=model.base_run(self._clean), contributions=contributions)
+        early = [model.table.resolve(name).layer or 0 for name in metric.reads]
+        self._earliest_read = min(early, default=model.n_layers)
         self.n_passes = 0
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many sets of edges one pass can try."""
+        return ROWS_AT_ONCE if self._plain is not None else 1
+
+    @torch.no_grad()
+    def values(self, kept_RSN: Tensor) -> list[float]:
+        """The metric of several sets of edges, as rows of one pass. Of one input pair only."""
+        self.n_passes += 1
+        mask = (~kept_RSN & self.wiring.valid).float()
+        masked = mask.flatten(0, 1).any(0).tolist()
+        layers = [d.layer for d, any_ in zip(self.wiring.destinations, masked) if any_]
+        run = forward_with_edges(
+            self.wiring,
+            self._clean.expand(len(kept_RSN), -1),
+            self._corrupt_SBTD,
+            mask,
+            read=self._metric.reads,
+            plain=self._plain,
+            first_layer=min([*layers, self._earliest_read, self.wiring.model.n_layers - 1]),
+        )
+        return [float(value) for value in self._metric(run)]
 
     @torch.no_grad()
     def value(self, kept_SN: Tensor) -> float:
@@ -105,20 +150,87 @@ def discover_circuit(
             remedy="Give how much the metric may grow by an edge, such as 0.01 nats.",
         )
     experiment = EdgeExperiment(Wiring(model), clean_T, corrupt_T, metric)
+    return replace(measure_circuit(experiment, _search(experiment, threshold, progress)), threshold=threshold)
+
+
+def discover_circuit_of_size(
+    model: GradientModel,
+    clean_T: Tensor,
+    corrupt_T: Tensor,
+    *,
+    n_edges: int,
+    metric: Metric | None = None,
+    n_searches: int = 10,
+    progress: Progress = silent,
+) -> Circuit:
+    """The largest circuit of at most `n_edges` edges that ACDC finds at any of `n_searches` thresholds.
+
+    The empty circuit where every threshold keeps more. `Circuit.threshold` says which one it was.
+    """
+    if n_edges < 1:
+        raise InvalidArgument(
+            f"n_edges is {n_edges}",
+            reason=reasons.VALUE_OUT_OF_RANGE,
+            field="n_edges",
+            value=n_edges,
+            remedy="Ask for at least one edge.",
+        )
+    experiment = EdgeExperiment(Wiring(model), clean_T, corrupt_T, metric)
+    nothing = torch.zeros_like(experiment.wiring.valid)
+    whole = abs(experiment.value(nothing) - experiment.value(experiment.wiring.valid))
+    low, high = math.log(max(whole, 1e-6) * SMALLEST_SHARE), math.log(max(whole, 1e-6))
+    best, best_at = nothing, math.exp(high)
+    for done in range(n_searches):
+        middle = (low + high) / 2
+        kept = _search(experiment, math.exp(middle), silent)
+        size = int(kept.sum())
+        if int(best.sum()) < size <= n_edges:
+            best, best_at = kept, math.exp(middle)
+        low, high = (low, middle) if size < n_edges else (middle, high)
+        progress(done + 1, n_searches)
+        if size == n_edges:
+            break
+    return replace(measure_circuit(experiment, best), threshold=best_at)
+
+
+def _search(experiment: EdgeExperiment, threshold: float, progress: Progress) -> Tensor:
+    """(S, N) bool: the edges that ACDC keeps."""
     wiring = experiment.wiring
     kept = wiring.valid.clone()
     current = experiment.value(kept)
-    total = int(kept.sum())
-    for done, (row, column) in enumerate(_edges_backwards(wiring), start=1):
-        kept[row, column] = False
-        if _has_effect(wiring, kept, wiring.destinations[column]):
-            value = experiment.value(kept)
-            if value - current < threshold:
-                current = value
-            else:
-                kept[row, column] = True
-        progress(done, total)
-    return measure_circuit(experiment, kept)
+    edges = list(_edges_backwards(wiring))
+    place, n_guesses = 0, 1
+    while place < len(edges):
+        states = _guess(wiring, kept, edges[place:], n_guesses)
+        tried = [(step, state) for step, state in enumerate(states) if state is not None]
+        values = experiment.values(torch.stack([state for _, state in tried])) if tried else []
+        wrong = len(states)  # the first step that keeps its edge
+        for (step, _), value in zip(tried, values):
+            if value - current >= threshold:
+                wrong = step
+                break
+            current = value
+        for row, column in edges[place : place + wrong]:
+            kept[row, column] = False
+        before, place = place, place + min(wrong + 1, len(states))
+        for done in range(before + 1, place + 1):
+            progress(done, len(edges))
+        held = wrong == len(states)
+        n_guesses = min(experiment.rows_at_once, 2 * n_guesses) if held else max(1, n_guesses // 2)
+    return kept
+
+
+def _guess(wiring: Wiring, kept: Tensor, edges: list[tuple[int, int]], n_guesses: int) -> list[Tensor | None]:
+    """What the next edges leave (S, N) if each is dropped, up to `n_guesses` to try; None where no pass is needed."""
+    state, states, n_tried = kept.clone(), list[Tensor | None](), 0
+    for row, column in edges:
+        if n_tried == n_guesses:
+            break
+        state[row, column] = False
+        tried = _has_effect(wiring, state, wiring.destinations[column])
+        states.append(state.clone() if tried else None)
+        n_tried += tried
+    return states
 
 
 def measure_circuit(experiment: EdgeExperiment, kept_SN: Tensor) -> Circuit:

@@ -8,42 +8,79 @@ pass: mask 0 is the plain pass, 1 on every edge the corrupt one, and 1 on one ed
    written over the live one; the MLP's input (or where there is no norm to write behind, its output) likewise.
 3. The stream itself is never touched, except at the very end, for the logits.
 
-A mask that takes gradients gets them: that is the oracle of EAP.
+A mask that takes gradients gets them: that is the oracle of EAP. Rows may each have a mask of their own. A pass may
+start at a later layer where no edge into an earlier one is masked: until then it is the plain one.
 
 Shapes: S sources, N destinations, B batch, T positions, D d_model.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from glasshouse.server.attribution.gradient_model import Edit, Pass
+from glasshouse.server.attribution.resuming import BaseRun, Resume
 from glasshouse.server.attribution.wiring import QKV, Destination, Wiring
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PlainRun:
+    """The unmasked pass over one input: what a later start needs. contributions: (S, 1, T, D)."""
+
+    base: BaseRun
+    contributions: Tensor
+
+
 def forward_with_edges(
-    wiring: Wiring, tokens_BT: Tensor, corrupt_SBTD: Tensor, mask_SN: Tensor, *, read: tuple[str, ...] = ()
+    wiring: Wiring,
+    tokens_BT: Tensor,
+    corrupt_SBTD: Tensor,
+    mask: Tensor,
+    *,
+    read: tuple[str, ...] = (),
+    plain: PlainRun | None = None,
+    first_layer: int = 0,
 ) -> Pass:
-    """Run the tokens with the corrupt contributions mixed in along the edges of `mask_SN`, 0 to 1."""
-    patched = _EdgePatch(wiring, corrupt_SBTD, mask_SN * wiring.valid)
+    """Run the tokens with the corrupt contributions mixed in along the edges of `mask`, 0 to 1.
+
+    mask: (S, N), or (B, S, N) for a mask a row. With `plain`, the pass over these tokens, it starts at `first_layer`:
+    no edge into an earlier layer may be masked, and nothing be read there.
+    """
+    start = first_layer if plain is not None and wiring.model.loaded.family.direct else 0
+    patched = _EdgePatch(wiring, corrupt_SBTD, mask * wiring.valid, start)
+    if plain is None or start == 0:
+        resume = None
+    else:
+        patched.begin(plain.contributions)
+        resume = Resume(base=plain.base, layer=start, position=0)
     return wiring.model.forward(
-        tokens_BT, read=read, edits=patched.edits(), gradients=bool(mask_SN.requires_grad)
+        tokens_BT, read=read, edits=patched.edits(), gradients=bool(mask.requires_grad), resume=resume
     )
 
 
 class _EdgePatch:
     """The edits of one pass. `_differences` grows in the order of the sources."""
 
-    def __init__(self, wiring: Wiring, corrupt_SBTD: Tensor, mask_SN: Tensor) -> None:
-        self._wiring, self._corrupt, self._mask = wiring, corrupt_SBTD, mask_SN
+    def __init__(self, wiring: Wiring, corrupt_SBTD: Tensor, mask: Tensor, start: int) -> None:
+        self._wiring, self._corrupt, self._mask, self._start = wiring, corrupt_SBTD, mask, start
         self._differences: list[Tensor] = []
         self._streams: dict[str, Tensor] = {}
-        self._live = mask_SN.detach().ne(0).any(0).tolist()  # destinations with a masked edge
+        self._live = mask.detach().ne(0).flatten(0, -2).any(0).tolist()  # destinations with a masked edge
+
+    def begin(self, contributions_S1TD: Tensor) -> None:
+        """Take the differences of the layers before the first from the plain pass."""
+        n_rows = self._mask.shape[0] if self._mask.ndim == 3 else 1
+        early = [source.layer < self._start for source in self._wiring.sources]
+        for row in range(sum(early)):
+            difference = self._corrupt[row] - contributions_S1TD[row]
+            self._differences.append(difference.expand(n_rows, -1, -1))
 
     def edits(self) -> dict[str, list[Edit]]:
         wiring, edits = self._wiring, {}
-        for layer in range(wiring.model.n_layers):
+        for layer in range(self._start, wiring.model.n_layers):
 
             def at(point: str, layer: int = layer) -> str:
                 return wiring.at(layer, point)
@@ -59,9 +96,8 @@ class _EdgePatch:
                 edits[at("ln2.hook_out")] = [self._rewrite_mlp_input(layer)]
             else:
                 edits[at("hook_mlp_out")].insert(0, self._rewrite_mlp_output(layer))
-        edits["blocks.0.hook_resid_pre"].append(
-            self._note_mlp
-        )  # the embedding writes like an MLP: one vector
+        if self._start == 0:  # the embedding writes like an MLP: one vector
+            edits["blocks.0.hook_resid_pre"].append(self._note_mlp)
         last = wiring.at(wiring.model.n_layers - 1, "hook_resid_post")
         edits[last] = [self._patch_logits]
         return edits
@@ -72,7 +108,9 @@ class _EdgePatch:
         if not self._mask.requires_grad and not any(self._live[column] for column in columns):
             return None
         n = len(self._differences)
-        return torch.einsum("un,ubtd->nbtd", self._mask[:n, columns], torch.stack(self._differences))
+        mask = self._mask[..., :n, :][..., columns]
+        spec = "un,ubtd->nbtd" if mask.ndim == 2 else "bun,ubtd->nbtd"
+        return torch.einsum(spec, mask, torch.stack(self._differences))
 
     def _destinations(self, layer: int, kind: str) -> list[Destination]:
         return [d for d in self._wiring.destinations if d.kind == kind and d.layer == layer]

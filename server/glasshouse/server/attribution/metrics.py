@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from glasshouse.server.attribution.gradient_model import Pass
+from glasshouse.server.dictionaries.dictionary import Dictionary, stacked
+from glasshouse.server.probes.served import ServedProbe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +88,7 @@ class KLDivergence(Metric):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DirectionValue(Metric):
-    """activation . direction + bias at a hook point: a direction's value, a linear probe's, a feature's
-    pre-activation.
-    """
+    """activation . direction + bias at a hook point."""
 
     hook_point: str
     direction: Tensor
@@ -100,3 +100,41 @@ class DirectionValue(Metric):
 
     def __call__(self, run: Pass) -> Tensor:
         return run.readings[self.hook_point][:, self.position] @ self.direction + self.bias
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureValue(Metric):
+    """The activation of one feature (flat id) of a dictionary.
+
+    It is differentiated as a line: zero where the feature does not fire, thresholds held where it does.
+    """
+
+    dictionary: Dictionary
+    feature: int
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.dictionary.facts.hook_points_in
+
+    def __call__(self, run: Pass) -> Tensor:
+        x = stacked([run.readings[name][:, self.position] for name in self.reads])
+        return self.dictionary.feature_values(x, torch.tensor([self.feature], device=x.device))[:, 0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeValue(Metric):
+    """A probe's log-odds of one label, before calibration, on the activation at the position itself.
+
+    A probe that pools over positions was fitted on their pool: here it scores one position.
+    """
+
+    probe: ServedProbe
+    label: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return self.probe.facts.hook_points
+
+    def __call__(self, run: Pass) -> Tensor:
+        x = self.probe.join({name: run.readings[name][:, self.position] for name in self.reads})
+        return self.probe.margins(x)[:, self.probe.column(self.label)].float()

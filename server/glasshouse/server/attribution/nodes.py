@@ -1,7 +1,8 @@
 """What is patched or scored: an activation of one component, whole or one head of it, everywhere or at a position.
 
 A component is a hook point's name without ``blocks.{L}.`` (``hook_resid_pre``, ``attn.hook_z``, ``hook_mlp_out``,
-``mlp.hook_post``). Heads of key and value points are key-value heads.
+``mlp.hook_post``). Heads of key and value points are key-value heads. A dictionary's features are nodes too
+(`feature_nodes`), at the first hook point that the dictionary writes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from glasshouse.wire import reasons
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A place in the forward pass. `position` None: all positions. `head` or `unit` narrow the vector."""
+    """A place in the forward pass. `position` None: all positions. `head` or `unit` narrow the vector.
+
+    With a `dictionary` (by name) it is one `feature` of it (flat id), or, without one, the dictionary's error.
+    """
 
     hook_point: str
     position: int | None = None
     head: int | None = None
     unit: int | None = None
+    dictionary: str | None = None
+    feature: int | None = None
 
     def columns(self, point: HookPoint) -> slice:
         """Which columns of the activation are meant."""

@@ -3,6 +3,7 @@
 Activation patching (interchange intervention): I(n) = m(base | do(n <- other)) - m(base).
 
 1. One pass over the other input (or inputs) reads every hook point of the grid: the replacement values.
+   A dictionary's feature is patched by the change of its activation, the error preserved (`feature_nodes`).
    *interchange*: the other run's activation at the same position. Denoising is base = corrupt, other = clean;
    noising the reverse. *zero*. *mean*: over all positions of all other inputs. *resample*: each node takes a
    random one of the other inputs, seeded.
@@ -19,23 +20,28 @@ Shapes: B batch, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from glasshouse.server.attribution.feature_nodes import FeatureChanges, feature_changes
 from glasshouse.server.attribution.freezing import NOTHING_FROZEN, Freeze
 from glasshouse.server.attribution.gradient_model import Edit, GradientModel
 from glasshouse.server.attribution.metrics import Metric
 from glasshouse.server.attribution.nodes import Node
 from glasshouse.server.attribution.progress import Progress, silent
 from glasshouse.server.attribution.resuming import Resume
+from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
 Replacement = Literal["interchange", "zero", "mean", "resample"]
+
+Value = Tensor | Mapping[str, Tensor]
+"""What a node is set to, (T, width) or (width,); or what is added for it, hook point -> (T, width)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +73,23 @@ def patch_sweep(
     others: Tensor | None = None,
     seed: int = 0,
     freeze: Freeze = NOTHING_FROZEN,
+    dictionaries: Mapping[str, Dictionary] | None = None,
     batch_size: int = 16,
     progress: Progress = silent,
 ) -> Iterator[list[PatchResult]]:
     """Patch every node of `nodes`, some at a time.
 
-    others: (T,) or (N, T) token ids, not needed for zero; as long as the base except for mean.
+    others: (T,) or (N, T) token ids, not needed for zero; as long as the base except for mean. dictionaries: by the
+    names that feature nodes use.
     """
     base = model.tokens(base_T)
-    values = _replacements(model, base, nodes, replacement, others)
-    choose = torch.Generator().manual_seed(seed)
+    source = _Source(model, base, nodes, replacement, others, dictionaries or {}, seed)
     with torch.no_grad():
         runner = _Runner(model, base, metric, freeze)
         base_value = float(metric(model.forward(base, read=metric.reads, freeze=freeze))[0])
     for first in range(0, len(nodes), batch_size):
         some = nodes[first : first + batch_size]
-        row_values = [_choice(values[node.hook_point], choose) for node in some]
-        found = runner.values(some, row_values)
+        found = runner.values(some, [source.value(node) for node in some])
         yield [
             PatchResult(node=node, value=value, effect=value - base_value) for node, value in zip(some, found)
         ]
@@ -97,6 +103,7 @@ def mediate(
     nodes: Sequence[Node],
     metric: Metric,
     *,
+    dictionaries: Mapping[str, Dictionary] | None = None,
     batch_size: int = 16,
 ) -> list[Mediation]:
     """Total, direct and indirect effect of the change of input, through each node."""
@@ -106,7 +113,9 @@ def mediate(
     swept = [
         [
             result
-            for batch in patch_sweep(model, a, nodes, metric, others=b, batch_size=batch_size)
+            for batch in patch_sweep(
+                model, a, nodes, metric, others=b, dictionaries=dictionaries, batch_size=batch_size
+            )
             for result in batch
         ]
         for a, b in ((clean, corrupt), (corrupt, clean))
@@ -118,14 +127,19 @@ def mediate(
 
 
 def patching(
-    model: GradientModel, nodes: Sequence[Node], values: Sequence[Tensor], *, start: int = 0
+    model: GradientModel, nodes: Sequence[Node], values: Sequence[Value], *, start: int = 0
 ) -> dict[str, list[Edit]]:
-    """Edits that set, in row i of a batch, node i to its part of `values[i]`, (T, width) or (width,).
+    """Edits that give, in row i of a batch, node i its part of `values[i]`.
 
     `start` is the first position of the pass; no node may be earlier.
     """
     edits: dict[str, list[Edit]] = {}
     for row, (node, value) in enumerate(zip(nodes, values)):
+        if not isinstance(value, Tensor):
+            for name, delta in value.items():
+                added = _add_part(row, node.shifted(start), delta[node.positions])
+                edits.setdefault(name, []).append(added)
+            continue
         columns = node.columns(model.table.resolve(node.hook_point))
         part = value[..., columns] if value.ndim == 1 else value[node.positions, columns]
         edits.setdefault(node.hook_point, []).append(_set_part(row, node.shifted(start), columns, part))
@@ -137,6 +151,46 @@ def _set_part(row: int, positions: slice, columns: slice, part: Tensor) -> Edit:
         live[row, positions, columns] = part
 
     return edit
+
+
+def _add_part(row: int, positions: slice, part: Tensor) -> Edit:
+    def edit(live: Tensor) -> None:
+        live[row, positions] += part
+
+    return edit
+
+
+class _Source:
+    """What every node is given, drawn in the order of the nodes where it is drawn."""
+
+    def __init__(
+        self,
+        model: GradientModel,
+        base: Tensor,
+        nodes: Sequence[Node],
+        how: Replacement,
+        others: Tensor | None,
+        dictionaries: Mapping[str, Dictionary],
+        seed: int,
+    ) -> None:
+        sources = None if others is None else model.tokens(others)
+        self._values = _replacements(
+            model, base, [node for node in nodes if node.dictionary is None], how, sources
+        )
+        self._changes: dict[str, FeatureChanges] = feature_changes(
+            model, base, nodes, how, sources, dictionaries
+        )
+        self._choose = torch.Generator().manual_seed(seed)
+
+    def value(self, node: Node) -> Value:
+        if node.dictionary is not None:
+            changes = self._changes[node.dictionary]
+            return changes.change(node, self._choice(changes.n_others))
+        values = self._values[node.hook_point]
+        return values[self._choice(values.shape[0])]
+
+    def _choice(self, n: int) -> int:
+        return int(torch.randint(n, (), generator=self._choose)) if n > 1 else 0
 
 
 class _Runner:
@@ -152,7 +206,7 @@ class _Runner:
         self._run = model.base_run(base) if freeze == NOTHING_FROZEN else None
 
     @torch.no_grad()
-    def values(self, nodes: Sequence[Node], values: Sequence[Tensor]) -> list[float]:
+    def values(self, nodes: Sequence[Node], values: Sequence[Value]) -> list[float]:
         resume = self._resume(nodes)
         run = self._model.forward(
             self._base.expand(len(nodes), -1),
@@ -177,21 +231,20 @@ class _Runner:
 
 @torch.no_grad()
 def _replacements(
-    model: GradientModel, base: Tensor, nodes: Sequence[Node], how: Replacement, others: Tensor | None
+    model: GradientModel, base: Tensor, nodes: Sequence[Node], how: Replacement, sources: Tensor | None
 ) -> dict[str, Tensor]:
-    """Hook point -> (N, T, width), or (1, width) for one vector at every position."""
+    """Hook point -> (N, T, width), or (1, width) for one vector at every position. Checks the other inputs."""
     names = sorted({node.hook_point for node in nodes})
     if how == "zero":
         width = {name: model.table.resolve(name).width for name in names}
         return {name: torch.zeros(1, width[name], device=base.device) for name in names}
-    if others is None:
+    if sources is None:
         raise InvalidArgument(
             f"A {how} patch needs another input to take activations from.",
             reason=reasons.FIELD_REQUIRED,
             field="others",
             remedy="Give the clean or corrupt input, or ablate with zeros.",
         )
-    sources = model.tokens(others)
     if how != "mean" and sources.shape[1] != base.shape[1]:
         raise InvalidArgument(
             f"The inputs have {base.shape[1]} and {sources.shape[1]} tokens; patches are position by position.",
@@ -200,13 +253,7 @@ def _replacements(
             value=sources.shape[1],
             remedy="Use inputs of equal length, or a mean ablation.",
         )
-    readings = model.forward(sources, read=names).readings
+    readings = model.forward(sources, read=names).readings if names else {}
     if how == "mean":
         return {name: x.mean((0, 1))[None] for name, x in readings.items()}
     return readings if how == "resample" else {name: x[:1] for name, x in readings.items()}
-
-
-def _choice(values: Tensor, generator: torch.Generator) -> Tensor:
-    if values.shape[0] == 1:
-        return values[0]
-    return values[int(torch.randint(values.shape[0], (), generator=generator))]

@@ -97,6 +97,12 @@ class Dictionary(ABC):
         """
 
     @abstractmethod
+    def feature_values(self, x: Tensor, feature_ids: Tensor) -> Tensor:
+        """`encode_features` with gradients: a feature that fires moves with its pre-activation, one that does not
+        stays at 0. Thresholds, gates and the choice of survivors are held.
+        """
+
+    @abstractmethod
     def decode(self, features: SparseFeatures, x: Tensor | None = None) -> Tensor:
         """(N, E) or (N, M, E) float32: what the features write, plus the decoder bias.
 

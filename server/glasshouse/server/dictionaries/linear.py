@@ -143,6 +143,24 @@ class LinearDictionary(Dictionary):
             keep = columns >= 0
             out[fired.rows[keep], columns[keep]] = fired.values[keep]
             return out[:, place[feature_ids]]
+        for here, h in self._pre_activations(sites, feature_ids):
+            ids = feature_ids[here]
+            out[:, here] = self._values(ids.unsqueeze(0), self.parameters.activation.score(h, ids))
+        return out
+
+    def feature_values(self, x: Tensor, feature_ids: Tensor) -> Tensor:
+        exact = self.encode_features(x.detach(), feature_ids)
+        feature_ids = feature_ids.to(exact.device).long()
+        slope = self.parameters.activation.slope(feature_ids).expand(feature_ids.numel())
+        if self.parameters.scale is not None and not self.parameters.scale.keep:
+            slope = slope / self._scale[feature_ids]
+        moved = torch.zeros_like(exact)
+        for here, h in self._pre_activations(self._sites(x), feature_ids):
+            moved[:, here] = (h - h.detach()) * slope[here]
+        return exact + (exact != 0) * moved
+
+    def _pre_activations(self, sites: Tensor, feature_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(which of the ids, their (scaled) pre-activations (N, some) float32), block by block."""
         first = 0
         for block in self.parameters.encoders:
             x_flat = self._block_input(sites, block)
@@ -152,10 +170,8 @@ class LinearDictionary(Dictionary):
                 if here.numel():
                     ids = feature_ids[here]
                     h = x_flat.float() @ block.W_enc[:, ids - first].float()
-                    scores = self.parameters.activation.score(self._affine(h, ids), ids)
-                    out[:, here] = self._values(ids.unsqueeze(0), scores)
+                    yield here, self._affine(h, ids)
                 first += size
-        return out
 
     def _sites(self, x: Tensor) -> Tensor:
         """x as (N, S, D), refused where its shape is not the dictionary's."""

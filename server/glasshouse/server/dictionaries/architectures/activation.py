@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 #: Features a tile or a gather covers: a slice of consecutive ids, or the ids themselves.
@@ -64,3 +65,7 @@ class Activation(ABC):
     @abstractmethod
     def score(self, h: Tensor, features: FeatureRange) -> Tensor:
         """Scores of a tile of pre-activations h (N, T); may overwrite h."""
+
+    def slope(self, features: Tensor) -> Tensor:
+        """(len,) or (1,): how fast the score of a feature that fires moves with its pre-activation."""
+        return torch.ones(1, device=features.device)

@@ -27,3 +27,6 @@ class Gated(Activation):
         shut = h <= -self.b_gate[features].float()
         scale, shift = self.r_mag[features].float().exp(), self.b_mag[features].float()
         return h.mul_(scale).add_(shift).relu_().masked_fill_(shut, 0.0)
+
+    def slope(self, features: Tensor) -> Tensor:
+        return self.r_mag[features].float().exp()
