@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glasshouse.server.engines.engine import Engine
+from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.types.generation import (
     Finished,
     GenerationRequest,
@@ -38,11 +39,13 @@ class Answer:
         return "".join(token.text for token in self.tokens) + tail
 
 
-async def answer(engine: Engine, prompt: Sequence[int], **rest: Any) -> Answer:
+async def answer(
+    engine: Engine, prompt: Sequence[int], *, watch: RequestWatch | None = None, **rest: Any
+) -> Answer:
     """Generates, greedily unless told otherwise."""
     rest.setdefault("sampling", Sampling(temperature=0.0))
     answer = Answer()
-    async for batch in engine.generate(GenerationRequest(prompt=tuple(prompt), **rest)):
+    async for batch in engine.generate(GenerationRequest(prompt=tuple(prompt), **rest), watch):
         for event in batch:
             match event:
                 case Prefilled():

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
+from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -86,9 +87,11 @@ class Engine(ABC):
         """The engine now."""
 
     @abstractmethod
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[GenerationEvent], None]:
+    def generate(
+        self, request: GenerationRequest, watch: RequestWatch | None = None
+    ) -> AsyncGenerator[Sequence[GenerationEvent], None]:
         """Events in order: Prefilled, NewToken..., Finished. They come in batches: several at once where the stream
-        is busy or its reader is behind.
+        is busy or its reader is behind. `watch`: what looks at it, and may steer or end it.
         """
 
     @abstractmethod

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glasshouse.server.models.tokenizer import TextCodec
+from glasshouse.server.types.conditions import Abort, MonitorFlag
 from glasshouse.server.types.errors import FailedPrecondition
 from glasshouse.server.types.generation import (
     Finished,
@@ -79,6 +80,7 @@ class Ending:
     reason: FinishReason
     stop_string: str
     trailing_text: str
+    abort: Abort | None = None
 
 
 class Transcript:
@@ -147,13 +149,19 @@ class Transcript:
             return self._ending(FinishReason.LENGTH, "")
         return None
 
-    def finish(self, ending: Ending, receipt: tuple[InterventionReceipt, ...]) -> None:
+    def aborted(self, abort: Abort) -> Ending:
+        """The ending of a generation that goes no further: the token that was due is not taken."""
+        return replace(self._ending(FinishReason.ABORTED, ""), reason=FinishReason.ABORTED, abort=abort)
+
+    def finish(
+        self, ending: Ending, receipt: tuple[InterventionReceipt, ...], flags: tuple[MonitorFlag, ...] = ()
+    ) -> None:
         """Puts the last event."""
         usage = Usage(
             prompt_tokens=self.n_prompt,
             generated_tokens=self.n_generated,
             queue_s=self._started - self._arrived,
-            time_to_first_token_s=self._first_token - self._arrived,
+            time_to_first_token_s=self._first_token - self._arrived if self._first_token else 0.0,
             total_s=time.perf_counter() - self._arrived,
         )
         self._put(
@@ -164,6 +172,8 @@ class Transcript:
                 usage=usage,
                 receipt=receipt,
                 seed=self.request.sampling.seed,
+                abort=ending.abort,
+                flags=flags,
             ),
             0,
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glasshouse.server.engines.watching import watched_pass
 from glasshouse.server.readouts.collect import collect_step
 from glasshouse.server.types.readouts import ReadoutValue, TopTokens
 from glasshouse.server.types.spans import Span
@@ -113,6 +114,7 @@ class DecodingBatch:
             [row.edits for row in self.rows],
             [row.readouts for row in self.rows],
             n_columns=1,
+            watched=watched_pass([row.watch for row in self.rows]),
         )
         self._steps_left = self._planned.valid_steps
         return self._planned
@@ -125,6 +127,10 @@ class DecodingBatch:
         hidden_B1D = run(loaded, planned, self._next_ids_B[:, None], self._cache.positions_B1, self._cache)
         logits_BV = logits_at(loaded, planned, hidden_B1D, [(row, 0) for row in range(len(self.rows))])
         self._cache.end_step()
+        if planned.watched is not None:
+            positions = [length - 1 for length in self._cache.lengths]
+            if planned.watched.conclude_step(positions, [row.last_token for row in self.rows]):
+                self._steps_left = 0
         chosen = next_tokens(self.rows, logits_BV)
         self._next_ids_B = chosen.tokens_B
         read: Mapping[int, Mapping[int, ReadoutValue]] = {}

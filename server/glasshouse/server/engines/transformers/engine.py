@@ -21,6 +21,7 @@ from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation, _not_served
+from glasshouse.server.engines.watching import RequestWatch, prepare_steering
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
@@ -193,7 +194,9 @@ class TransformersEngine(Engine):
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Sequence[GenerationEvent], None]:
+    async def generate(
+        self, request: GenerationRequest, watch: RequestWatch | None = None
+    ) -> AsyncGenerator[Sequence[GenerationEvent], None]:
         """Events in batches; see `Engine`."""
         self._preparation.check_tokens(request.prompt, max_tokens=request.max_tokens, field="input")
         self._admit(queued=self.status().queued, most=self._limits.max_queued)
@@ -204,6 +207,10 @@ class TransformersEngine(Engine):
         self._preparation.check_bytes(readouts, n_fed=n_fed, field="readouts")
         if request.abort_when:
             raise _not_served("abort_when", "conditions")
+        if watch is not None:
+            prepare_steering(
+                watch, lambda some: self._preparation.edits(some, prompt=request.prompt, n_fed=n_fed)
+            )
         stream: EventStream[GenerationEvent] = self._stream()
         row = GenerationRow(
             request,
@@ -212,6 +219,7 @@ class TransformersEngine(Engine):
             codec=self.codec,
             eos_token_ids=self._info.eos_token_ids,
             stream=stream,
+            watch=watch,
         )
         async with aclosing(self._submit(row, stream)) as batches:
             async for batch in batches:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glasshouse.server.engines.watching import RequestWatch, watched_pass
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.models.loaded import LoadedModel
@@ -31,6 +32,7 @@ class Prompt:
     tokens: Sequence[int]
     edits: Sequence[PreparedIntervention]
     readouts: Sequence[PreparedReadout]
+    watch: RequestWatch | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,9 +96,12 @@ class PromptFeed:
             [prompt.edits for prompt in self._prompts],
             [prompt.readouts for prompt in self._prompts],
             n_columns=width,
+            watched=watched_pass([prompt.watch for prompt in self._prompts]),
         )
         try:
             hidden = run(loaded, planned, ids.to(loaded.device), positions, self.cache)
+            if planned.watched is not None:
+                planned.watched.conclude_prompts(spans)
             look(FedPass(planned=planned, spans=spans, hidden_BTD=hidden))
             features = encode_captures(planned.captures)
             for row, collector in enumerate(self.collectors):

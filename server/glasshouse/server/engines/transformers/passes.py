@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from glasshouse.server.engines.watching import WatchedPass
 from glasshouse.server.hooks.attachment import Attachment, attach
 from glasshouse.server.hooks.attention import AttentionMemory
 from glasshouse.server.hooks.table import HookTable
@@ -40,12 +41,17 @@ class PlannedPass:
         readouts: Sequence[Sequence[PreparedReadout]],
         *,
         n_columns: int,
+        watched: WatchedPass | None = None,
     ) -> None:
         device = table.loaded.device
         self.edits: EditPlan = plan_edits(spans, edits, n_columns=n_columns, device=device)
         self.captures: CapturePlan = plan_captures(spans, readouts, n_columns=n_columns, device=device)
         self._may_change = bool(self.edits.actions)
-        self._sites = (self.edits.actions.keys() | self.captures.sites.keys()) - {UNEMBED}
+        self.watched = watched
+        self._watched_points = frozenset[str]() if watched is None else watched.points
+        self._sites = (self.edits.actions.keys() | self.captures.sites.keys() | self._watched_points) - {
+            UNEMBED
+        }
         self._ran: set[str] = set()
         # Other passes run between the steps that a plan for decoding rows spans: its taps stay on, and look away.
         self._running = False
@@ -74,12 +80,16 @@ class PlannedPass:
         site = self.captures.sites.get(point.name)
         if site is not None:
             site.take(tensor, may_change=self._may_change)
+        if self.watched is not None and point.name in self._watched_points:
+            self.watched.at(point.name, tensor)
         self._ran.add(point.name)
         return bool(actions)
 
     def begin(self) -> None:
         """Books what this pass owes the edits."""
         self.edits.promise()
+        if self.watched is not None:
+            self.watched.begin()
         self._ran.clear()
         self._running = True
 

@@ -145,7 +145,10 @@ class Scheduler:
             row.started()
         feed = PromptFeed(
             self._model,
-            [Prompt(tokens=row.request.prompt, edits=row.edits, readouts=row.readouts) for row in rows],
+            [
+                Prompt(tokens=row.request.prompt, edits=row.edits, readouts=row.readouts, watch=row.watch)
+                for row in rows
+            ],
             keep=True,
             piece_tokens=self._settings.prefill_tokens,
         )

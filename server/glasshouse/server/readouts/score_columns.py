@@ -1,0 +1,215 @@
+"""Many scores of live activations in few products: what monitors read, whatever the number of monitors.
+
+Legend: B rows of a pass, T columns of it, M scored columns, W the width of a hook point, D what one scorer reads.
+
+1. Columns are grouped once: affine probes that read the same hook points become one product (`ProbeBank`), features of
+   one dictionary one encode; a probe of another shape is a group of its own.
+2. At the last of its hook points in a pass a group scores every cell of the rows it is asked for, on the device, after
+   the edits there.
+3. After the pass all scores go to the host together, (rows, T, M) float64.
+
+A probe that pools over positions (mean, max) needs to know which positions count, and what came before: its activations
+are kept to the end of the pass and pooled row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glasshouse.server.dictionaries.dictionary import Dictionary, stacked
+from glasshouse.server.probes.pooling import Pooling, RunningPool
+from glasshouse.server.probes.served import ProbeBank, ServedProbe
+from glasshouse.server.types.conditions import ProbeOutput
+from glasshouse.server.types.hook_points import HookPoint
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Masks = np.ndarray[Any, np.dtype[np.bool_]]
+
+# Activations (N, W) at each of a group's hook points -> scores (N, its columns).
+Scorer = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ProbeColumnSource:
+    """One column of a probe that is on the model's device, in float32."""
+
+    points: tuple[HookPoint, ...]
+    probe: ServedProbe
+    column: int
+    output: ProbeOutput = ProbeOutput.SCORE
+
+    @property
+    def pools(self) -> bool:
+        """Whether a row is made of several positions."""
+        return self.probe.facts.pooling in (Pooling.MEAN, Pooling.MAX)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureColumnSource:
+    """One feature of a dictionary, by its activation."""
+
+    points: tuple[HookPoint, ...]
+    dictionary: Dictionary
+    feature: int
+
+
+ColumnSource = ProbeColumnSource | FeatureColumnSource
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Group:
+    """Columns that are scored together; `names`: their hook points, `score`: see `Scorer`."""
+
+    names: tuple[str, ...]
+    columns: tuple[int, ...]
+    score: Scorer
+
+
+class ScoreColumns:
+    """M columns, grouped. Made once, used by every pass; its pools belong to the requests."""
+
+    def __init__(self, sources: Sequence[ColumnSource]) -> None:
+        self.n_columns = len(sources)
+        self._groups: list[_Group] = []
+        self.pooled: dict[int, ProbeColumnSource] = {}
+        banks: dict[tuple[str, ...], list[tuple[int, ProbeColumnSource]]] = {}
+        encodes: dict[int, list[tuple[int, FeatureColumnSource]]] = {}
+        for index, source in enumerate(sources):
+            match source:
+                case FeatureColumnSource():
+                    encodes.setdefault(id(source.dictionary), []).append((index, source))
+                case ProbeColumnSource() if source.pools:
+                    self.pooled[index] = source
+                case ProbeColumnSource() if source.probe.is_affine and source.output is ProbeOutput.SCORE:
+                    banks.setdefault(source.probe.facts.hook_points, []).append((index, source))
+                case ProbeColumnSource():
+                    self._add((index,), source.points, _lone(source))
+        for probes in banks.values():
+            self._add(tuple(index for index, _ in probes), probes[0][1].points, _bank([p for _, p in probes]))
+        for features in encodes.values():
+            first = features[0][1]
+            ids = torch.tensor([source.feature for _, source in features])
+            self._add(tuple(index for index, _ in features), first.points, _encode(first.dictionary, ids))
+        self.points: tuple[str, ...] = tuple(
+            dict.fromkeys(point.name for source in sources for point in source.points)
+        )
+        self.at: dict[str, tuple[_Group, ...]] = {
+            name: tuple(group for group in self._groups if name in group.names) for name in self.points
+        }
+
+    def _add(self, columns: tuple[int, ...], points: Sequence[HookPoint], score: Scorer) -> None:
+        self._groups.append(_Group(names=tuple(point.name for point in points), columns=columns, score=score))
+
+
+def _bank(sources: Sequence[ProbeColumnSource]) -> Scorer:
+    probes = list({id(source.probe): source.probe for source in sources}.values())
+    bank = ProbeBank.of(probes)
+    starts, width = {}, 0
+    for probe in probes:
+        starts[id(probe)] = width
+        width += len(probe.facts.columns)
+    wanted = [starts[id(source.probe)] + source.column for source in sources]
+    everything = wanted == list(range(width))
+
+    def score(parts: Sequence[Tensor]) -> Tensor:
+        found = bank.score(parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1))
+        scores = found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        return scores if everything else scores[:, wanted]
+
+    return score
+
+
+def _lone(source: ProbeColumnSource) -> Scorer:
+    def score(parts: Sequence[Tensor]) -> Tensor:
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        return probe_column(source, x)
+
+    return score
+
+
+def probe_column(source: ProbeColumnSource, x_ND: Tensor) -> Tensor:
+    """The column (N, 1) of rows x."""
+    probe = source.probe
+    whole = probe.margins(x_ND) if source.output is ProbeOutput.MARGIN else probe.score(x_ND)
+    return whole[:, source.column : source.column + 1]
+
+
+def _encode(dictionary: Dictionary, ids: Tensor) -> Scorer:
+    def score(parts: Sequence[Tensor]) -> Tensor:
+        x = stacked(parts)
+        return dictionary.encode_features(x, ids.to(x.device))
+
+    return score
+
+
+@dataclass(eq=False, kw_only=True)
+class ScorePass:
+    """The scores of one pass. `rows`: the rows of the batch that are scored, None for all."""
+
+    columns: ScoreColumns
+    n_rows: int
+    rows: Sequence[int] | None = None
+    _index: Tensor | None = None
+    _width: int = 0
+    _parts: dict[str, Tensor] = field(default_factory=dict)
+    _scores: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Forgets the pass before."""
+        self._parts.clear()
+        self._scores.clear()
+
+    def at(self, name: str, tensor_BTW: Tensor) -> None:
+        """Reads the live activation at a hook point, after its edits."""
+        if self.rows is not None:
+            if self._index is None:
+                self._index = torch.tensor(self.rows, device=tensor_BTW.device)
+            tensor_BTW = tensor_BTW[self._index]
+        self._width = tensor_BTW.shape[1]
+        x_NW = tensor_BTW.reshape(-1, tensor_BTW.shape[-1])
+        kept = False
+        for group in self.columns.at[name]:
+            if len(group.names) == 1:
+                self._scores.append((group.columns, group.score((x_NW,))))
+                continue
+            kept = True
+            if all(other == name or other in self._parts for other in group.names):
+                parts = [x_NW if other == name else self._parts[other] for other in group.names]
+                self._scores.append((group.columns, group.score(parts)))
+        if kept or self.columns.pooled:
+            # Edits further down may write the same memory.
+            self._parts[name] = x_NW.clone()
+
+    def scores(self) -> Floats:
+        """(rows, T, M); NaN in the columns of probes that pool."""
+        if len(self._scores) == 1 and len(self._scores[0][0]) == self.columns.n_columns:
+            columns, found = self._scores[0]
+            host: Floats = found.double().cpu().numpy().reshape(self.n_rows, self._width, -1)
+            return host if columns == tuple(range(len(columns))) else host[:, :, np.argsort(columns)]
+        whole = np.full((self.n_rows, self._width, self.columns.n_columns), np.nan)
+        if self._scores:
+            joined = torch.cat([found.float() for _, found in self._scores], dim=1)
+            where = [column for columns, _ in self._scores for column in columns]
+            whole[:, :, where] = joined.double().cpu().numpy().reshape(self.n_rows, self._width, -1)
+        return whole
+
+    def pooled(self, place: int, column: int, chosen_T: Masks, pools: dict[int, RunningPool]) -> Floats:
+        """The scores (n chosen,) of a pooling probe at the chosen columns of the `place`-th row, whose pools are given."""
+        source = self.columns.pooled[column]
+        pool = pools.get(column)
+        if pool is None:
+            pool = pools[column] = RunningPool(source.probe.facts.pooling)
+        first = place * self._width
+        rows = torch.from_numpy(first + np.flatnonzero(chosen_T))
+        parts: Mapping[str, Tensor] = {
+            point.name: self._parts[point.name][rows.to(self._parts[point.name].device)]
+            for point in source.points
+        }
+        scores: Floats = probe_column(source, pool.add(source.probe.join(parts)))[:, 0].double().cpu().numpy()
+        return scores
