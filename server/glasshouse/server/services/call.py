@@ -29,10 +29,11 @@ class Meter(Protocol):
 
 
 class Call:
-    """A call. `started`: perf_counter() at its arrival."""
+    """A call. `started`: perf_counter() at its arrival. `caller`: whom its key belongs to, empty without keys."""
 
     __slots__ = (
         "_last_token",
+        "caller",
         "generated_tokens",
         "meter",
         "prompt_tokens",
@@ -44,6 +45,7 @@ class Call:
     def __init__(self, request_id: str, meter: Meter) -> None:
         self.request_id = request_id
         self.meter = meter
+        self.caller = ""
         self.started = perf_counter()
         self.prompt_tokens = 0
         self.generated_tokens = 0

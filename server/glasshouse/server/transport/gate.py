@@ -73,6 +73,13 @@ class Gate:
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """What grpc calls for `method`."""
         parse = forgiving(method.request_class.FromString)
+        if method.takes_stream:
+            take = self._answer(cast(UnaryBehaviour, behaviour))
+
+            async def gather(requests: AsyncIterator[Any], context: Context) -> Any:
+                return await self._serve(method, _well_formed(method, requests), context, take)
+
+            return grpc.stream_unary_rpc_method_handler(gather, parse, serialize)
         if method.streams:
             pump = self._pump(cast(StreamBehaviour, behaviour))
 
@@ -112,7 +119,7 @@ class Gate:
             async with asyncio.timeout(limit_s) as timer:
                 name = self._keys.admit(metadata.get(_AUTHORIZATION_KEY), admin=method.admin)
                 if name:
-                    facts["key"] = name
+                    facts["key"] = call.caller = name
                 self._admit(method, request)
                 result = await work(request, call, context)
         except asyncio.CancelledError:
@@ -183,12 +190,7 @@ class Gate:
                 metadata={"limit": str(most), "setting": "limits.max_concurrent_requests"},
             )
         if request is MALFORMED:
-            kind = method.request_class.DESCRIPTOR.full_name
-            raise InvalidArgument(
-                f"the request's bytes are not a {kind}: cut short, no protobuf, or text that is not UTF-8",
-                reason=reasons.MESSAGE_MALFORMED,
-                remedy=f"serialise a {kind} with protobuf, text as UTF-8",
-            )
+            raise _malformed(method)
 
     def _time_limit(self, context: Context) -> float:
         remaining: float | None = context.time_remaining()
@@ -230,6 +232,23 @@ class Gate:
             request_id=call.request_id,
             **facts,
         )
+
+
+async def _well_formed(method: Method, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """The messages of a caller's stream, up to one that is none."""
+    async for request in requests:
+        if request is MALFORMED:
+            raise _malformed(method)
+        yield request
+
+
+def _malformed(method: Method) -> InvalidArgument:
+    kind = method.request_class.DESCRIPTOR.full_name
+    return InvalidArgument(
+        f"the request's bytes are not a {kind}: cut short, no protobuf, or text that is not UTF-8",
+        reason=reasons.MESSAGE_MALFORMED,
+        remedy=f"serialise a {kind} with protobuf, text as UTF-8",
+    )
 
 
 def _request_id(given: str | None) -> str:

@@ -26,12 +26,15 @@ MALFORMED = Malformed()
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One RPC. `name`: what metrics and logs call it, such as "GenerationService/Generate"."""
+    """One RPC. `name`: what metrics and logs call it, such as "GenerationService/Generate". `streams`: whether it answers
+    with a stream; `takes_stream`: whether its request is one, of messages of `request_class`.
+    """
 
     service: str
     method: str
     request_class: type[Message]
     streams: bool
+    takes_stream: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +55,7 @@ def methods_of(*files: FileDescriptor) -> tuple[Method, ...]:
             method=method.name,
             request_class=GetMessageClass(method.input_type),
             streams=method.server_streaming,
+            takes_stream=method.client_streaming,
         )
         for file in files
         for service in file.services_by_name.values()

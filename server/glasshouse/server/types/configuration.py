@@ -97,6 +97,23 @@ class StreamSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RegistrySettings:
+    """`[registry]`: where directions, probes, monitors and feature labels are kept.
+
+    `data`: the folder of the embedded registry, an SQLite file with its tensors beside it; by default
+    $GLASSHOUSE_DATA, or `glasshouse` in the user's data folder. `url`: another database, sqlite:///PATH or
+    postgresql://USER@HOST/DATABASE, or "memory" for a registry that is gone when the server stops. `blobs`: path or
+    URL of the tensors, the same for all servers that share a database. `max_cache_bytes`: directions and probes kept
+    in memory, which go on being served while the database is away.
+    """
+
+    data: str = ""
+    url: str = ""
+    blobs: str = ""
+    max_cache_bytes: int = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The whole configuration. `dictionaries`: name -> path."""
 
@@ -107,6 +124,7 @@ class Settings:
     tls: TlsSettings = field(default_factory=TlsSettings)
     keys: KeySettings = field(default_factory=KeySettings)
     log: LogSettings = field(default_factory=LogSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
     limits: Limits = field(default_factory=Limits)
 
 
