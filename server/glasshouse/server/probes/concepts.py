@@ -64,8 +64,10 @@ class ConceptStore(ABC):
         """
 
     @abstractmethod
-    async def direction(self, name: str, *, field: str) -> HeldDirection:
-        """The direction called `name`; otherwise as `probe`."""
+    async def direction(self, name: str, *, hook_point: str = "", field: str) -> HeldDirection:
+        """The direction called `name`; otherwise as `probe`. Of one made at several hook points the vector made at
+        `hook_point` (its canonical name), else that of its best.
+        """
 
 
 class ConceptShelf(ConceptStore):
@@ -97,7 +99,7 @@ class ConceptShelf(ConceptStore):
         """See `ConceptStore`."""
         return self._find(self._probes, Kind.PROBE, name, field)
 
-    async def direction(self, name: str, *, field: str) -> HeldDirection:
+    async def direction(self, name: str, *, hook_point: str = "", field: str) -> HeldDirection:
         """See `ConceptStore`."""
         return self._find(self._directions, Kind.DIRECTION, name, field)
 

@@ -67,18 +67,14 @@ def to_parts(probe: ServedProbe) -> tuple[dict[str, Any], dict[str, np.ndarray[A
     return body, arrays
 
 
-def from_parts(body: Mapping[str, Any], arrays: Arrays, *, path: str = "probe") -> ServedProbe:
-    """The probe of `to_parts`.
-
-    Raises:
-        FailedPrecondition: a format of the future, parts that are missing or disagree, values that are not finite.
-    """
+def facts_of(body: Mapping[str, Any], *, path: str = "probe") -> ProbeFacts:
+    """What the JSON object of `to_parts` says of its probe. Raises `FailedPrecondition` as `from_parts` does."""
     if body.get("format") != FORMAT:
         raise _malformed(path, f"format {body.get('format')!r} is not {FORMAT}")
     if body.get("kind") not in get_args(ProbeKind):
         raise _malformed(path, f"kind {body.get('kind')!r} is not one of {', '.join(get_args(ProbeKind))}")
     try:
-        facts = ProbeFacts(
+        return ProbeFacts(
             kind=body["kind"],
             task=Task(body["task"]),
             label_names=tuple(map(str, body["label_names"])),
@@ -87,6 +83,20 @@ def from_parts(body: Mapping[str, Any], arrays: Arrays, *, path: str = "probe") 
             pooling=Pooling(body["pooling"]),
             model_name=str(body.get("model_name", "")),
         )
+    except KeyError as error:
+        raise _malformed(path, f"{error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise _malformed(path, str(error)) from None
+
+
+def from_parts(body: Mapping[str, Any], arrays: Arrays, *, path: str = "probe") -> ServedProbe:
+    """The probe of `to_parts`.
+
+    Raises:
+        FailedPrecondition: a format of the future, parts that are missing or disagree, values that are not finite.
+    """
+    facts = facts_of(body, path=path)
+    try:
         tensors = {
             name: torch.from_numpy(np.array(array, dtype=np.float64)) for name, array in arrays.items()
         }

@@ -122,6 +122,12 @@ class Registry:
                 )
             return rows.record_of({**row, "id": entry_id, "deleted_us": None})
 
+    def next_version(self, reference: Reference) -> int:
+        """The version that the next publication of the name will have; those deleted are not given again."""
+        taken = select(func.coalesce(func.max(entries.c.version), 0)).where(*_called(reference))
+        with self._database.reading() as connection:
+            return int(connection.execute(taken).scalar_one()) + 1
+
     def get(self, reference: Reference, *, field: str = "name") -> Record:
         """The version that `reference` names, or the latest. Raises `NotFound` with the closest names."""
         with self._database.reading() as connection:

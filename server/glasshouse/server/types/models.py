@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What a caller may want to know of a model before using it."""
+    """What a caller may want to know of a model before using it. `revision`: which weights, as `models.revision` names
+    them; empty where that is not known.
+    """
 
     name: str
     family: str
@@ -29,3 +31,4 @@ class ModelInfo:
     capabilities: tuple[str, ...]
     # Logits are tanh(x / c) c of what `unembed` reads, where the model caps them.
     final_logit_softcap: float | None = None
+    revision: str = ""

@@ -25,6 +25,7 @@ from glasshouse.server.engines.watching import RequestWatch, prepare_steering
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
+from glasshouse.server.models.revision import revision_of
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.types.errors import InvalidArgument, ResourceExhausted
 from glasshouse.server.types.generation import (
@@ -103,6 +104,9 @@ class TransformersEngine(Engine):
             special_token_ids=loaded.special_token_ids,
             capabilities=CAPABILITIES,
             final_logit_softcap=loaded.family.final_logit_softcap,
+            revision=revision_of(
+                loaded.source, getattr(getattr(loaded.model, "config", None), "_commit_hash", None)
+            ),
         )
         self._dictionaries = DictionaryStore(limits.max_dictionary_bytes)
         self._preparation = Preparation(
