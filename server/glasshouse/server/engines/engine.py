@@ -8,6 +8,7 @@ request: its place is free within one step.
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.models.tokenizer import TextCodec
+from glasshouse.server.types.errors import NotFound
 from glasshouse.server.types.generation import (
     ExtractedInput,
     ExtractionRequest,
@@ -26,6 +28,7 @@ from glasshouse.server.types.generation import (
 from glasshouse.server.types.hook_points import HookPoint
 from glasshouse.server.types.interventions import FloatArray
 from glasshouse.server.types.models import ModelInfo
+from glasshouse.wire import reasons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,22 @@ class Engine(ABC):
     @abstractmethod
     def hook_points(self) -> Sequence[HookPoint]:
         """Its hook points, in the order of the forward pass."""
+
+    def hook_point(self, name: str, *, field: str = "hook_point") -> HookPoint:
+        """The hook point that `name` means: its canonical name or its module path. Raises `NotFound`."""
+        for point in self.hook_points:
+            if name in (point.name, point.module_path):
+                return point
+        closest = tuple(difflib.get_close_matches(name, [point.name for point in self.hook_points], n=3))
+        raise NotFound(
+            f"this model has no hook point {name!r:.200}",
+            reason=reasons.HOOK_POINT_NOT_FOUND,
+            resource_type="HookPoint",
+            resource_name=name[:200],
+            closest=closest,
+            field=field,
+            remedy="ListHookPoints lists those it has",
+        )
 
     @property
     @abstractmethod

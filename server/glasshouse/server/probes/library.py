@@ -92,6 +92,11 @@ class ConceptLibrary:
         return self._registry
 
     @property
+    def has_registry(self) -> bool:
+        """Whether there is a registry."""
+        return self._registry is not None
+
+    @property
     def unavailable_since_s(self) -> float | None:
         """Since when the database has not answered, seconds since 1970; None while all is well."""
         return None if self._watch is None else self._watch.unavailable_since_s

@@ -34,6 +34,10 @@ class InputReader:
             return self._prompt(message, present, field)
         return await asyncio.to_thread(self._prompt, message, present, field)
 
+    def prompt_now(self, message: pb.Input, present: bool, field: str) -> tuple[int, ...]:
+        """As `prompt`, for callers that are off the event loop already."""
+        return self._prompt(message, present, field)
+
     async def prompts(self, messages: Sequence[pb.Input], field: str) -> tuple[tuple[int, ...], ...]:
         """The tokens of many inputs."""
         limits = self._limits

@@ -10,15 +10,19 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
+from glasshouse.server.operations.compute_directions import ComputedDirections
 from glasshouse.server.operations.evaluate_dictionary import DictionaryEvaluation
-from glasshouse.server.operations.manager import Operation, OperationManager
+from glasshouse.server.operations.manager import Operation, OperationManager, Progress
+from glasshouse.server.operations.train_probe import TrainedOnModel
 from glasshouse.server.types.errors import ServingError
 from glasshouse.v1 import dictionaries_pb2
 
 from . import fields
 from .call import Call
 from .dictionary_messages import evaluation_message
+from .direction_messages import computed_message, directions_metadata
 from .pages import page
+from .probe_messages import trained_message, training_metadata
 
 # A wait is at most this long; whoever wants more asks again.
 _MOST_WAIT_S = 60.0
@@ -40,8 +44,18 @@ def operation_message(operation: Operation, status_of: StatusOf | None = None) -
 
 
 def _metadata(operation: Operation) -> Message:
-    progress = operation.progress
-    assert operation.kind == "EvaluateDictionary", f"operation {operation.kind} has no metadata message"
+    make = _METADATA.get(operation.kind)
+    assert make is not None, f"operation {operation.kind} has no metadata message"
+    return make(operation.progress)
+
+
+def _response(result: Any) -> Message:
+    make = _RESPONSES.get(type(result))
+    assert make is not None, f"{type(result).__name__} has no response message"
+    return make(result)
+
+
+def _evaluation_metadata(progress: Progress) -> Message:
     return dictionaries_pb2.EvaluateDictionaryMetadata(
         phase=progress.phase,
         fraction=progress.fraction,
@@ -50,9 +64,17 @@ def _metadata(operation: Operation) -> Message:
     )
 
 
-def _response(result: Any) -> Message:
-    assert isinstance(result, DictionaryEvaluation), f"{type(result).__name__} has no response message"
-    return evaluation_message(result)
+# By an operation's kind, which is its method's name, and by the type of its result.
+_METADATA: dict[str, Callable[[Progress], Message]] = {
+    "EvaluateDictionary": _evaluation_metadata,
+    "ComputeDirections": directions_metadata,
+    "TrainProbe": training_metadata,
+}
+_RESPONSES: dict[type, Callable[[Any], Message]] = {
+    DictionaryEvaluation: evaluation_message,
+    ComputedDirections: computed_message,
+    TrainedOnModel: trained_message,
+}
 
 
 class OperationServicer:

@@ -40,6 +40,21 @@ def selector(message: pb.PositionSelector, present: bool, field: str, limits: Li
             raise fields.required(field, f"a selector chooses one of {_CHOICES}", f"choose one of {_CHOICES}")
 
 
+def selector_message(chosen: Selector) -> pb.PositionSelector | None:
+    """A selector as a message; None for every position."""
+    if chosen == EVERYWHERE:
+        return None
+    message = pb.PositionSelector(exclude_bos=chosen.exclude_bos, exclude_special=chosen.exclude_special)
+    if chosen.named is not None:
+        message.named = next(number for number, named in _NAMED.items() if named is chosen.named)
+    elif chosen.at is not None:
+        message.at.positions.extend(chosen.at)
+    elif chosen.span is not None:
+        start, stop = chosen.span
+        message.span.CopyFrom(pb.PositionSpan(start=start, stop=stop))
+    return message
+
+
 def _named(number: int, field: str) -> NamedPositions:
     if number == pb.NAMED_POSITIONS_UNSPECIFIED:
         raise fields.required(field, "which positions", "choose one of all, prompt, generated, last")

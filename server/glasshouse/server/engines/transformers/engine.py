@@ -152,6 +152,10 @@ class TransformersEngine(Engine):
         """Its hook points."""
         return self._table.points
 
+    def hook_point(self, name: str, *, field: str = "hook_point") -> HookPoint:
+        """The hook point that `name` means; says too which layers there are and what other architectures have."""
+        return self._table.resolve(name, field=field)
+
     @property
     def dictionaries(self) -> DictionaryStore:
         """The dictionaries that requests may name."""
