@@ -13,7 +13,7 @@ demo: $(READY) ## Serve the embedded model and take the tour through the real cl
 	$(BIN)/python -m glasshouse.tour
 
 serve: $(READY) ## Serve the embedded model on localhost:50051
-	$(BIN)/glasshouse serve --metrics 127.0.0.1:9464
+	$(BIN)/glasshouse serve --metrics 127.0.0.1:9464 --data .glasshouse
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -44,4 +44,4 @@ $(READY): pyproject.toml deploy/constraints.txt
 	touch $@
 
 clean: ## Remove the environment and what was built
-	rm -rf $(VENV) .bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .bench .glasshouse .mypy_cache .ruff_cache .pytest_cache

@@ -18,7 +18,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--listen", "127.0.0.1:0", "--threads", "1") as process:
+    with ServerProcess("--listen", "127.0.0.1:0", "--registry", "memory", "--threads", "1") as process:
         yield process
 
 

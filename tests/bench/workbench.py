@@ -50,7 +50,9 @@ class Workbench:
     @cached_property
     def server(self) -> ServerProcess:
         """`glasshouse serve` on fable, on loopback."""
-        started = ServerProcess("--listen", "127.0.0.1:0", "--threads", str(self.threads))
+        started = ServerProcess(
+            "--listen", "127.0.0.1:0", "--registry", "memory", "--threads", str(self.threads)
+        )
         return self._stack.enter_context(started)
 
     @cached_property

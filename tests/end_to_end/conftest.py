@@ -16,7 +16,7 @@ from glasshouse.tour.server_process import ServerProcess
 
 HOOK_POINT = "blocks.3.hook_resid_post"
 PROMPT = "Once upon a time, there was a little girl named Lily."
-THREADS = ("--threads", "1")
+THREADS = ("--threads", "1", "--registry", "memory")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ from glasshouse.tour.guide import Guide, TourError
 from glasshouse.tour.screen import Screen
 from glasshouse.tour.server_process import ServerProcess, ServerProcessError
 
-COMMAND = ("--model", "fable", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+COMMAND = (
+    *("--model", "fable", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"),
+    *("--registry", "memory"),
+)
 
 
 def take(screen: Screen) -> None:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-__all__ = ["dictionary_names", "dictionary_path", "labelled", "labelled_names", "model_path"]
+__all__ = ["concepts_path", "dictionary_names", "dictionary_path", "labelled", "labelled_names", "model_path"]
 
 
 def _folder() -> Path:
@@ -30,6 +30,11 @@ def dictionary_path(name: str) -> Path:
     if name not in dictionary_names():
         raise KeyError(f"no dictionary {name!r}; there are {', '.join(dictionary_names())}")
     return _folder() / "dictionaries" / "weights" / name
+
+
+def concepts_path() -> Path:
+    """The folder of the packaged directions and probes, as the server reads what comes with a model."""
+    return _folder() / "concepts" / "saved"
 
 
 def labelled_names() -> list[str]:

@@ -15,8 +15,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from glasshouse.server.types.errors import ServingError
 
 if TYPE_CHECKING:
     from glasshouse.server.engines.engine import Engine
+    from glasshouse.server.probes.library import ConceptLibrary
     from glasshouse.server.transport.logs import Logger
 
 EngineFactory = Callable[[str, EngineSettings], "Engine"]
@@ -84,6 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--metrics", metavar="HOST:PORT", help="Prometheus metrics at http://HOST:PORT/metrics; default: none"
     )
+    add(
+        "--data",
+        metavar="FOLDER",
+        help="where directions, probes and monitors are kept; default: glasshouse in the user's data folder",
+    )
+    add(
+        "--registry",
+        metavar="URL|memory",
+        help="keep them in another database, postgresql://... or sqlite:///PATH, or until the server stops",
+    )
+    add("--registry-blobs", metavar="URL", help="the folder or object store of their tensors")
     add("--config", metavar="FILE.toml", type=Path, help="settings; see deploy/glasshouse.toml")
     add("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16")
     add("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
@@ -134,6 +146,7 @@ def _merge(settings: Settings, arguments: argparse.Namespace) -> Settings:
         server=replace(settings.server, **server),
         log=replace(settings.log, **given(format=a.log_format, level=a.log_level)),
         limits=replace(settings.limits, **given(max_running=a.max_running)),
+        registry=replace(settings.registry, **given(data=a.data, url=a.registry, blobs=a.registry_blobs)),
         dictionaries={**settings.dictionaries, **dict(_dictionary(text) for text in a.dictionary)},
     )
 
@@ -229,9 +242,10 @@ async def _serve(settings: Settings, log: Logger, create: EngineFactory) -> int:
                 stack.enter_context(page)
         except (ListenError, KeyFileError) as error:
             raise StartError(str(error)) from error
+        library = stack.enter_context(_library(settings, wanted.name))
         engine = await _ready(create, settings.model.engine, wanted, log)
         try:
-            await server.start([engine])
+            await server.start([engine], library)
             stopping = _stop_on_signals(log)
             if page is not None:
                 _say(f"glasshouse: metrics on {page.url}")
@@ -243,6 +257,27 @@ async def _serve(settings: Settings, log: Logger, create: EngineFactory) -> int:
             await server.stop()
     log.info("stopped")
     return 0
+
+
+@contextmanager
+def _library(settings: Settings, name: str) -> Iterator[ConceptLibrary]:
+    """What is known of directions and probes of the model called `name`. Opening it blocks the loop: there is nothing else
+    to do yet.
+    """
+    from glasshouse.server.probes.library import ConceptLibrary
+    from glasshouse.server.registry.opening import opened
+
+    with opened(settings.registry) as registry:
+        library = ConceptLibrary(registry, max_cache_bytes=settings.registry.max_cache_bytes)
+        if settings.model.model == EMBEDDED_MODEL:
+            from glasshouse import fable
+
+            library.add_built_in(fable.concepts_path(), name)
+        library.start()
+        try:
+            yield library
+        finally:
+            library.stop()
 
 
 async def _ready(create: EngineFactory, name: str, wanted: EngineSettings, log: Logger) -> Engine:

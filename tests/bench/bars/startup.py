@@ -20,7 +20,9 @@ def run(bench: Workbench, report: Report) -> None:
     """start_to_serving, tour"""
     seconds = []
     for _ in range(3):
-        with ServerProcess("--listen", "127.0.0.1:0", "--threads", str(bench.threads)) as server:
+        with ServerProcess(
+            "--listen", "127.0.0.1:0", "--registry", "memory", "--threads", str(bench.threads)
+        ) as server:
             with Client(server.target) as client:
                 client.wait_ready(timeout=1.0)
             seconds.append(server.startup_seconds)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.models.tokenizer import TextCodec
+from glasshouse.server.probes.concepts import ConceptStore
 from glasshouse.server.types.errors import NotFound
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -79,6 +80,10 @@ class Engine(ABC):
     @abstractmethod
     def dictionaries(self) -> DictionaryStore:
         """The dictionaries that requests may name."""
+
+    def use_concepts(self, store: ConceptStore) -> None:
+        """From now on requests find their directions and probes in `store`. Until then there are none."""
+        self._store = store
 
     @abstractmethod
     def token_contributions(self, directions: FloatArray) -> FloatArray:

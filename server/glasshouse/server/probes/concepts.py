@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -41,12 +41,17 @@ class HeldProbe:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeldDirection:
     """A version of a direction. `name`: `models/{model}/directions/{direction}@{version}`; `vector` (width of
-    `hook_point`,).
+    `hook_point`,), and `elsewhere` those of other hook points, where it was made at several.
     """
 
     name: str
     hook_point: str
     vector: FloatArray
+    elsewhere: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    def at(self, hook_point: str) -> FloatArray:
+        """What an edit at `hook_point` (its canonical name) takes: the vector made there, else `vector`."""
+        return self.elsewhere.get(hook_point, self.vector)
 
 
 class ConceptStore(ABC):
@@ -64,10 +69,8 @@ class ConceptStore(ABC):
         """
 
     @abstractmethod
-    async def direction(self, name: str, *, hook_point: str = "", field: str) -> HeldDirection:
-        """The direction called `name`; otherwise as `probe`. Of one made at several hook points the vector made at
-        `hook_point` (its canonical name), else that of its best.
-        """
+    async def direction(self, name: str, *, field: str) -> HeldDirection:
+        """The direction called `name`; otherwise as `probe`."""
 
 
 class ConceptShelf(ConceptStore):
@@ -99,7 +102,7 @@ class ConceptShelf(ConceptStore):
         """See `ConceptStore`."""
         return self._find(self._probes, Kind.PROBE, name, field)
 
-    async def direction(self, name: str, *, hook_point: str = "", field: str) -> HeldDirection:
+    async def direction(self, name: str, *, field: str) -> HeldDirection:
         """See `ConceptStore`."""
         return self._find(self._directions, Kind.DIRECTION, name, field)
 

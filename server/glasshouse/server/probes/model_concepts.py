@@ -39,17 +39,19 @@ class ModelConcepts(ConceptStore):
             self._probes[held.name] = held
         return held
 
-    async def direction(self, name: str, *, hook_point: str = "", field: str) -> HeldDirection:
+    async def direction(self, name: str, *, field: str) -> HeldDirection:
         """See `ConceptStore`."""
         reference = self._reference(name, Kind.DIRECTION, field)
         found = self._library.held(reference)
         if not isinstance(found, SavedDirection):
             found = await asyncio.to_thread(self._library.direction, reference, field=field)
         of_revision(found, self._revision, field=field)
-        point = found.point(hook_point, 0, field=field)
-        assert point.vector is not None
+        vectors = {at.hook_point: np.asarray(at.vector, dtype=np.float32) for at in found.at}
         return HeldDirection(
-            name=found.origin.name, hook_point=point.hook_point, vector=point.vector.astype(np.float32)
+            name=found.origin.name,
+            hook_point=found.best,
+            vector=vectors[found.best],
+            elsewhere={point: vector for point, vector in vectors.items() if point != found.best},
         )
 
     def _reference(self, name: str, kind: Kind, field: str) -> Reference:

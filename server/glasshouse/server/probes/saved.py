@@ -88,25 +88,6 @@ class SavedDirection:
         """Bytes of its vectors."""
         return sum(0 if at.vector is None else at.vector.nbytes for at in self.at)
 
-    def point(self, hook_point: str, width: int, *, field: str) -> DirectionAt:
-        """What an edit at `hook_point`, `width` wide, takes: the direction made there, else the best one; for "" the best.
-
-        Raises:
-            InvalidArgument: that one has another width.
-        """
-        found = next((at for at in self.at if at.hook_point == hook_point), None)
-        found = found or next(at for at in self.at if at.hook_point == self.best)
-        if width and found.width != width:
-            raise InvalidArgument(
-                f"direction {self.origin.name} has width {found.width} (made at {found.hook_point}), "
-                f"{hook_point} has {width}",
-                reason=reasons.WRONG_WIDTH,
-                field=field,
-                value=found.width,
-                remedy=f"use it at {', '.join(at.hook_point for at in self.at[:8])}",
-            )
-        return found
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSummary:

@@ -11,7 +11,15 @@ from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from glasshouse.v1 import activations_pb2, dictionaries_pb2, generation_pb2, models_pb2
+from glasshouse.v1 import (
+    activations_pb2,
+    dictionaries_pb2,
+    directions_pb2,
+    feature_labels_pb2,
+    generation_pb2,
+    models_pb2,
+    probes_pb2,
+)
 
 # Methods that only keys of the role admin may call: they read the server's disk and change what others are served.
 ADMIN_METHODS = frozenset({"DictionaryService/LoadDictionary", "DictionaryService/UnloadDictionary"})
@@ -68,6 +76,9 @@ METHODS = methods_of(
     generation_pb2.DESCRIPTOR,
     activations_pb2.DESCRIPTOR,
     dictionaries_pb2.DESCRIPTOR,
+    directions_pb2.DESCRIPTOR,
+    probes_pb2.DESCRIPTOR,
+    feature_labels_pb2.DESCRIPTOR,
     operations_pb2.DESCRIPTOR,
 )
 SERVICES = tuple(dict.fromkeys(method.service for method in METHODS))

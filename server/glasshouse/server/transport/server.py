@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from glasshouse.server.operations.manager import OperationManager, OperationSettings
+from glasshouse.server.probes.library import ConceptLibrary
+from glasshouse.server.probes.model_concepts import ModelConcepts
 from glasshouse.server.services.activations import ActivationServicer
 from glasshouse.server.services.catalogue import Catalogue
 from glasshouse.server.services.dictionaries import DictionaryServicer
+from glasshouse.server.services.directions import DirectionServicer
+from glasshouse.server.services.feature_labels import FeatureLabelServicer
 from glasshouse.server.services.generation import GenerationServicer
 from glasshouse.server.services.models import ModelServicer
 from glasshouse.server.services.operations import OperationServicer
+from glasshouse.server.services.probes import ProbeServicer
 from glasshouse.server.types.configuration import Settings
 
 from .gate import Gate
@@ -69,10 +74,15 @@ class Server:
         self._server = grpc.aio.server(options=_options(settings))
         self.address = self._bind(parse_address(settings.server.listen))
 
-    async def start(self, engines: Sequence[Engine]) -> None:
-        """Serves `engines`, which have been started. Health answers SERVING when this returns."""
+    async def start(self, engines: Sequence[Engine], library: ConceptLibrary | None = None) -> None:
+        """Serves `engines`, which have been started, and what `library` holds of directions and probes, which whoever
+        made it starts and stops; without one nothing can be published. Health answers SERVING when this returns.
+        """
+        library = library or ConceptLibrary()
         settings, limits = self._settings, self._settings.limits
         self._engines = tuple(engines)
+        for engine in self._engines:
+            engine.use_concepts(ModelConcepts(library, model=engine.info.name, revision=engine.info.revision))
         catalogue = Catalogue(self._engines)
         operations = OperationManager(OperationSettings())
         servicers = {
@@ -80,6 +90,9 @@ class Server:
             "glasshouse.v1.GenerationService": GenerationServicer(catalogue, limits, settings.streams),
             "glasshouse.v1.ActivationService": ActivationServicer(catalogue, limits),
             "glasshouse.v1.DictionaryService": DictionaryServicer(catalogue, limits, operations),
+            "glasshouse.v1.DirectionService": DirectionServicer(catalogue, limits, operations, library),
+            "glasshouse.v1.ProbeService": ProbeServicer(catalogue, limits, operations, library),
+            "glasshouse.v1.FeatureLabelService": FeatureLabelServicer(catalogue, library),
             "google.longrunning.Operations": OperationServicer(
                 operations, lambda error: rich_status(error, "")
             ),
