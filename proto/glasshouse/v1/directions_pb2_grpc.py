@@ -100,7 +100,8 @@ class DirectionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDirection(self, request, context):
-        """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in.
+        """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+        the admin role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

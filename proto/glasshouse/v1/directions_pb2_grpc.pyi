@@ -48,7 +48,9 @@ class DirectionServiceStub:
     ListDirections: _grpc.UnaryUnaryMultiCallable[_directions_pb2.ListDirectionsRequest, _directions_pb2.ListDirectionsResponse]
     """Directions by name, without their vectors."""
     DeleteDirection: _grpc.UnaryUnaryMultiCallable[_directions_pb2.DeleteDirectionRequest, _directions_pb2.DeleteDirectionResponse]
-    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in."""
+    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+    the admin role.
+    """
 
 @_typing.type_check_only
 class DirectionServiceAsyncStub(DirectionServiceStub):
@@ -69,7 +71,9 @@ class DirectionServiceAsyncStub(DirectionServiceStub):
     ListDirections: _aio.UnaryUnaryMultiCallable[_directions_pb2.ListDirectionsRequest, _directions_pb2.ListDirectionsResponse]  # type: ignore[assignment]
     """Directions by name, without their vectors."""
     DeleteDirection: _aio.UnaryUnaryMultiCallable[_directions_pb2.DeleteDirectionRequest, _directions_pb2.DeleteDirectionResponse]  # type: ignore[assignment]
-    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in."""
+    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+    the admin role.
+    """
 
 class DirectionServiceServicer(metaclass=_abc_1.ABCMeta):
     """Directions of a concept in activation space: computed from examples, judged, named, kept. Wherever a request takes a
@@ -117,6 +121,8 @@ class DirectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _directions_pb2.DeleteDirectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_directions_pb2.DeleteDirectionResponse, _abc.Awaitable[_directions_pb2.DeleteDirectionResponse]]:
-        """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in."""
+        """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+        the admin role.
+        """
 
 def add_DirectionServiceServicer_to_server(servicer: DirectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -85,7 +85,7 @@ class FeatureLabelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteFeatureLabels(self, request, context):
-        """Deletes a version, or every version.
+        """Deletes a version, or every version. Needs the admin role.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class FeatureLabelServiceStub:
     ListFeatureLabels: _grpc.UnaryUnaryMultiCallable[_feature_labels_pb2.ListFeatureLabelsRequest, _feature_labels_pb2.ListFeatureLabelsResponse]
     """Sets by name, without their labels."""
     DeleteFeatureLabels: _grpc.UnaryUnaryMultiCallable[_feature_labels_pb2.DeleteFeatureLabelsRequest, _feature_labels_pb2.DeleteFeatureLabelsResponse]
-    """Deletes a version, or every version."""
+    """Deletes a version, or every version. Needs the admin role."""
 
 @_typing.type_check_only
 class FeatureLabelServiceAsyncStub(FeatureLabelServiceStub):
@@ -58,7 +58,7 @@ class FeatureLabelServiceAsyncStub(FeatureLabelServiceStub):
     ListFeatureLabels: _aio.UnaryUnaryMultiCallable[_feature_labels_pb2.ListFeatureLabelsRequest, _feature_labels_pb2.ListFeatureLabelsResponse]  # type: ignore[assignment]
     """Sets by name, without their labels."""
     DeleteFeatureLabels: _aio.UnaryUnaryMultiCallable[_feature_labels_pb2.DeleteFeatureLabelsRequest, _feature_labels_pb2.DeleteFeatureLabelsResponse]  # type: ignore[assignment]
-    """Deletes a version, or every version."""
+    """Deletes a version, or every version. Needs the admin role."""
 
 class FeatureLabelServiceServicer(metaclass=_abc_1.ABCMeta):
     """What features of a dictionary stand for, as somebody said: named, versioned, immutable sets of labels. GetFeature and
@@ -95,6 +95,6 @@ class FeatureLabelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feature_labels_pb2.DeleteFeatureLabelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feature_labels_pb2.DeleteFeatureLabelsResponse, _abc.Awaitable[_feature_labels_pb2.DeleteFeatureLabelsResponse]]:
-        """Deletes a version, or every version."""
+        """Deletes a version, or every version. Needs the admin role."""
 
 def add_FeatureLabelServiceServicer_to_server(servicer: FeatureLabelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

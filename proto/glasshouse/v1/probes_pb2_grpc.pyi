@@ -46,7 +46,9 @@ class ProbeServiceStub:
     ListProbes: _grpc.UnaryUnaryMultiCallable[_probes_pb2.ListProbesRequest, _probes_pb2.ListProbesResponse]
     """Probes by name, without weights."""
     DeleteProbe: _grpc.UnaryUnaryMultiCallable[_probes_pb2.DeleteProbeRequest, _probes_pb2.DeleteProbeResponse]
-    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in."""
+    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+    the admin role.
+    """
     ScoreProbe: _grpc.UnaryStreamMultiCallable[_probes_pb2.ScoreProbeRequest, _probes_pb2.ScoreProbeResponse]
     """Scores of inputs. One `scored` event an input, in any order; `finished` is last."""
 
@@ -67,7 +69,9 @@ class ProbeServiceAsyncStub(ProbeServiceStub):
     ListProbes: _aio.UnaryUnaryMultiCallable[_probes_pb2.ListProbesRequest, _probes_pb2.ListProbesResponse]  # type: ignore[assignment]
     """Probes by name, without weights."""
     DeleteProbe: _aio.UnaryUnaryMultiCallable[_probes_pb2.DeleteProbeRequest, _probes_pb2.DeleteProbeResponse]  # type: ignore[assignment]
-    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in."""
+    """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+    the admin role.
+    """
     ScoreProbe: _aio.UnaryStreamMultiCallable[_probes_pb2.ScoreProbeRequest, _probes_pb2.ScoreProbeResponse]  # type: ignore[assignment]
     """Scores of inputs. One `scored` event an input, in any order; `finished` is last."""
 
@@ -115,7 +119,9 @@ class ProbeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _probes_pb2.DeleteProbeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_probes_pb2.DeleteProbeResponse, _abc.Awaitable[_probes_pb2.DeleteProbeResponse]]:
-        """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in."""
+        """Deletes a version, or every version. FAILED_PRECONDITION while a monitor uses it, or where it is built in. Needs
+        the admin role.
+        """
 
     @_abc_1.abstractmethod
     def ScoreProbe(

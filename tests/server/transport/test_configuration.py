@@ -118,7 +118,7 @@ def test_the_flags_are_pinned() -> None:
     assert flags == {
         "-h", "--help", "--model", "--name", "--engine", "--dictionary", "--listen", "--metrics", "--config",
         "--dtype", "--device", "--threads", "--max-running", "--log-format", "--log-level",
-        "--allow-remote-code", "--insecure-listen",
+        "--allow-remote-code", "--insecure-listen", "--data", "--registry", "--registry-blobs",
     }  # fmt: skip
 
 

@@ -21,8 +21,16 @@ from glasshouse.v1 import (
     probes_pb2,
 )
 
-# Methods that only keys of the role admin may call: they read the server's disk and change what others are served.
-ADMIN_METHODS = frozenset({"DictionaryService/LoadDictionary", "DictionaryService/UnloadDictionary"})
+# Methods that only keys of the role admin may call: they read the server's disk, or change what others are served.
+ADMIN_METHODS = frozenset(
+    {
+        "DictionaryService/LoadDictionary",
+        "DictionaryService/UnloadDictionary",
+        "DirectionService/DeleteDirection",
+        "ProbeService/DeleteProbe",
+        "FeatureLabelService/DeleteFeatureLabels",
+    }
+)
 
 
 class Malformed:
