@@ -11,12 +11,12 @@ from torch import Tensor
 from glasshouse.server.attribution.attribution_graph import (
     AttributionGraph,
     LogitTarget,
-    estimate,
     top_logits,
     trace_graph,
 )
 from glasshouse.server.attribution.feature_interventions import FeatureSetting, intervene
 from glasshouse.server.attribution.gradient_model import GradientModel
+from glasshouse.server.attribution.graph_estimate import estimate
 from glasshouse.server.attribution.influence import Edges, above_threshold, graph_scores, prune
 from glasshouse.server.attribution.local_model import LocalModel, logit_vector
 from glasshouse.server.attribution.transcoders import Transcoders
@@ -125,7 +125,7 @@ def test_selection_keeps_the_rows_of_the_whole_graph(clean: Tensor) -> None:
     local = LocalModel(model, transcoders, clean)
     bound = estimate(local, max_features=4096, n_logits=len(whole.logits))
     assert bound.n_rows == len(whole.features) + len(whole.logits)
-    assert bound.edge_bytes >= whole.edges.weights.numel() * 20
+    assert bound.edge_bytes >= whole.edges.weights.numel() * 12
 
 
 def test_logit_targets(clean: Tensor) -> None:

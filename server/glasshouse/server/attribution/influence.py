@@ -15,17 +15,20 @@ features from end to end. completeness = sum_t (1 - incoming error share(t)) (in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_LEAST = 1e-10
+LEAST = 1e-10
+SORTED_AT_ONCE = 4096
+EDGES_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edges:
-    """targets, sources: (E,) int64 node numbers. weights: (E,) float32. n_nodes counts all nodes."""
+    """targets, sources: (E,) int32 node numbers. weights: (E,) float32. n_nodes counts all nodes."""
 
     targets: Tensor
     sources: Tensor
@@ -43,21 +46,47 @@ class Edges:
 
     def shares(self) -> Tensor:
         """(E,): |weight| over the sum of the target's incoming |weights|."""
-        magnitudes = self.weights.abs()
-        sums = torch.zeros(self.n_nodes, device=magnitudes.device).index_add_(0, self.targets, magnitudes)
-        return magnitudes / sums.clamp_min(_LEAST)[self.targets]
+        return self.weights.abs().mul_(self._per_weight().index_select(0, self.targets))
 
     def influence(self, start: Tensor) -> Tensor:
         """(n_nodes,): how much of `start` (n_nodes,) flows back through every node."""
-        shares = self.shares()
+        per_weight = self._per_weight()
         total, current = torch.zeros_like(start), start
         for _ in range(self.n_nodes + 1):
-            flowing = current[self.targets] * shares
-            if not bool(flowing.any()):
+            scaled, current = current * per_weight, torch.zeros_like(start)
+            for targets, sources, weights in self._pieces():
+                flowing = scaled.index_select(0, targets).mul_(weights.abs())
+                current.index_add_(0, sources, flowing)
+            if not bool(current.any()):
                 return total
-            current = torch.zeros_like(start).index_add_(0, self.sources, flowing)
             total = total + current
         raise AssertionError("an attribution graph has no cycles")
+
+    def share_from(self, sources: Tensor) -> Tensor:
+        """(n_nodes,): of each node's incoming shares, how much comes from `sources` (n_nodes,) bool."""
+        found, wanted = torch.zeros(self.n_nodes, device=self.weights.device), sources.float()
+        for targets, places, weights in self._pieces():
+            found.index_add_(0, targets, weights.abs().mul_(wanted.index_select(0, places)))
+        return found.mul_(self._per_weight())
+
+    def between(self, nodes: Tensor) -> Tensor:
+        """(E,) bool: the edges with both ends among `nodes` (n_nodes,) bool."""
+        return nodes.index_select(0, self.targets) & nodes.index_select(0, self.sources)
+
+    def _per_weight(self) -> Tensor:
+        """(n_nodes,): one over the sum of a target's incoming |weights|."""
+        sums = torch.zeros(self.n_nodes, device=self.weights.device)
+        for targets, _, weights in self._pieces():
+            sums.index_add_(0, targets, weights.abs())
+        return sums.clamp_min_(LEAST).reciprocal_()
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """So many edges at a time that what is made of them stays small."""
+        yield from zip(
+            torch.split(self.targets, EDGES_AT_ONCE),
+            torch.split(self.sources, EDGES_AT_ONCE),
+            torch.split(self.weights, EDGES_AT_ONCE),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,10 +110,27 @@ def above_threshold(scores: Tensor, threshold: float) -> Tensor:
     """bool, as `scores`: those at least as large as the one where the cumulative share reaches `threshold`."""
     if threshold >= 1.0 or not scores.numel():
         return torch.ones_like(scores, dtype=torch.bool)
+    return scores >= _cut(scores, threshold * float(scores.double().sum()))
+
+
+def _cut(scores: Tensor, wanted: float) -> float:
+    """The largest score such that it and all above it sum to at least `wanted`; the least one where none do.
+
+    Quickselect by weight: the half that cannot hold the cut is put away unsorted, so the work is linear.
+    """
+    while len(scores) > SORTED_AT_ONCE:
+        pivot = scores.median()
+        high = scores[scores > pivot]
+        above = float(high.double().sum())
+        if not 0 < len(high) < len(scores):
+            break  # all alike
+        if above >= wanted:
+            scores = high
+        else:
+            scores, wanted = scores[scores <= pivot], wanted - above
     ordered = scores.sort(descending=True).values
-    shares = ordered.cumsum(0) / ordered.sum().clamp_min(_LEAST)
-    cut = int(torch.searchsorted(shares, torch.tensor(threshold, device=shares.device)))
-    return scores >= ordered[min(cut, len(ordered) - 1)]
+    place = int((ordered.double().cumsum(0) < wanted).sum())
+    return float(ordered[min(place, len(ordered) - 1)])
 
 
 def prune(
@@ -100,18 +146,21 @@ def prune(
     influence = edges.influence(weights)
     optional = is_feature | is_error
     nodes = above_threshold(influence, node_threshold) | ~optional
-    kept = nodes[edges.targets] & nodes[edges.sources]
+    kept = edges.between(nodes)
     left = edges.select(kept)
-    scores = left.shares() * (left.influence(weights) + weights)[left.targets]
-    kept[kept.clone()] = above_threshold(scores, edge_threshold)
+    scores = left.shares() * (left.influence(weights) + weights).index_select(0, left.targets)
+    strong = above_threshold(scores, edge_threshold)
+    kept[kept.clone()] = strong
+    left = left.select(strong)
     while True:
-        out = torch.zeros_like(nodes).index_fill_(0, edges.sources[kept], True)
-        into = torch.zeros_like(nodes).index_fill_(0, edges.targets[kept], True)
+        out, into = _marked(nodes, left.sources), _marked(nodes, left.targets)
         fewer = nodes & (out | ~optional) & (into | ~is_feature)
         if torch.equal(fewer, nodes):
             break
         nodes = fewer
-        kept &= nodes[edges.targets] & nodes[edges.sources]
+        still = left.between(nodes)
+        kept[kept.clone()] = still
+        left = left.select(still)
     return Pruning(nodes=nodes, edges=kept, cumulative=_cumulative(influence))
 
 
@@ -119,10 +168,9 @@ def graph_scores(edges: Edges, weights: Tensor, *, is_token: Tensor, is_error: T
     """Replacement and completeness of a graph (pruned or not)."""
     influence = edges.influence(weights)
     tokens, errors = float(influence[is_token].sum()), float(influence[is_error].sum())
-    shares = edges.shares() * is_error[edges.sources]
-    from_errors = torch.zeros_like(influence).index_add_(0, edges.targets, shares)
+    from_errors = edges.share_from(is_error)
     importance = influence + weights
-    has_input = torch.zeros_like(is_error).index_fill_(0, edges.targets, True)
+    has_input = _marked(is_error, edges.targets)
     whole = float(importance[has_input].sum())
     explained = float(((1 - from_errors) * importance)[has_input].sum())
     return Scores(
@@ -131,9 +179,16 @@ def graph_scores(edges: Edges, weights: Tensor, *, is_token: Tensor, is_error: T
     )
 
 
+def _marked(like: Tensor, places: Tensor) -> Tensor:
+    """bool (n_nodes,): True at these node numbers."""
+    marks = torch.zeros_like(like)
+    marks[places.long()] = True
+    return marks
+
+
 def _cumulative(influence: Tensor) -> Tensor:
     order = influence.argsort(descending=True)
-    shares = influence[order].cumsum(0) / influence.sum().clamp_min(_LEAST)
+    shares = influence[order].cumsum(0) / influence.sum().clamp_min(LEAST)
     found = torch.empty_like(influence)
     found[order] = shares
     return found

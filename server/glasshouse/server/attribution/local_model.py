@@ -4,17 +4,18 @@ https://transformer-circuits.pub/2025/attribution-graphs/methods.html
 
 1. One pass reads every transcoder's input, every MLP contribution and the embeddings, and records the attention
    patterns and norm scales. error = contribution - reconstruction; features and error are zero at position 0.
-2. A second pass with patterns and scales held and every MLP contribution y replaced by
-   skip + (y - skip).detach(): the numbers are the model's, and gradients flow along attention, norms and skips
-   alone. It is linear from any contribution to any later transcoder input and to the logits.
+2. With patterns and scales held and gradients flowing along attention, norms and skips alone, the model is linear
+   from any contribution to any later transcoder input and to the logits: `frozen_paths`.
 3. A row: a vector injected as the gradient at a target's input (a feature's encoder row, or an unembedding column
-   less its mean over the vocabulary, after the final norm) gives, contracted with what every source writes, the
-   source's direct effect on the target. Rows share one graph: their backward passes are one, with the rows in front.
+   less its mean over the vocabulary, after the final norm), contracted with what every source writes, is the
+   source's direct effect on the target.
+4. What sources write is gathered from the dictionaries' files a layer at a time, each distinct feature once, and kept
+   only while all of it fits in `KEPT_BYTES`; encoder rows are gathered for the rows at hand.
 
 Reconstructions hold the decoder's bias, learned positions have no node: incoming edges do not sum to a
 pre-activation.
 
-Shapes: B rows, T positions, D d_model, L layers, n active features.
+Shapes: n rows, T positions, S latest position of a batch + 1, D d_model, L layers.
 """
 
 from __future__ import annotations
@@ -25,22 +26,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glasshouse.server.attribution.freezing import Freeze, stop_gradient
-from glasshouse.server.attribution.gradient_model import Edit, GradientModel, Pass
+from glasshouse.server.attribution.frozen_paths import EMBEDDING, FrozenPaths, Read
+from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.transcoders import ActiveFeatures, Transcoders
 
 EMBED = "hook_embed"
 
+KEPT_BYTES = 256 << 20
+"""The most that is kept of gathered decoder rows between batches."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Target:
-    """A row to compute: `vector` (D,) injected at the hook point read, or, with no hook point, at the stream after
-    the final norm.
+class Written:
+    """What the features of one layer write at one contribution. rows: (U, D) of the distinct features; of the
+    features at position p, `starts[p]` to `starts[p + 1]` in order, `which` says whose row each is (m,).
     """
 
-    hook_point: str | None
-    position: int
-    vector: Tensor
+    rows: Tensor
+    which: Tensor
+    starts: list[int]
 
 
 class LocalModel:
@@ -63,99 +67,100 @@ class LocalModel:
             if skip_first:
                 self.errors[:, 0] = 0
             self.embeddings = run.readings[EMBED][0]
+            self.paths = FrozenPaths(model, run.held, transcoders.skips())
         self.held, self.inputs = run.held, {name: run.readings[name] for name in reads}
-        self._encoder_rows = transcoders.encoder_rows(self.features)
-        self._writes = self._by_position(transcoders.decoder_rows(self.features))
+        bounds = torch.searchsorted(
+            self.features.layers, torch.arange(model.n_layers + 1, device=self.tokens.device)
+        )
+        self.first_of_layer: list[int] = bounds.tolist()
+        self._kept: dict[tuple[int, int], Written] = {}
+        self._kept_bytes = 0
+
+    @property
+    def n_positions(self) -> int:
+        return int(self.tokens.shape[1])
 
     @property
     def n_sources(self) -> int:
         """Features, errors (layer-major) and tokens: the columns of a row."""
-        n_layers, n_positions = self.errors.shape[:2]
-        return len(self.features) + (n_layers + 1) * n_positions
+        return len(self.features) + (self.model.n_layers + 1) * self.n_positions
 
-    def feature_target(self, feature: int) -> Target:
-        """The row of an active feature, by its place in `features`."""
-        return Target(
-            hook_point=self.transcoders.reads[int(self.features.layers[feature])],
-            position=int(self.features.positions[feature]),
-            vector=self._encoder_rows[feature],
-        )
+    @torch.no_grad()
+    def feature_rows(self, features: Tensor) -> Tensor:
+        """(n, n_sources) direct effects on features of one layer, by their places (n,) in `features`."""
+        chosen = self.features.select(features)
+        read = self.paths.read(self.transcoders.reads[int(chosen.layers[0])])
+        return self._rows(read, chosen.positions, self.transcoders.encoder_rows(chosen))
 
-    def linear_pass(self) -> Pass:
-        """The second pass; its graph serves every row that is asked of it."""
-        written = self.transcoders.written
-        edits: dict[str, list[Edit]] = {}
-        inputs: dict[str, Tensor] = {}
-        for read, layer, W_skip in self.transcoders.skips():
-            edits.setdefault(read, []).append(_noting(inputs, read))
-            edits.setdefault(written[layer], []).append(_linear_in_skip(inputs, read, W_skip))
-        for layer in range(len(written)):  # cut at the neurons, so that no MLP is walked through backwards
-            edits[f"blocks.{layer}.mlp.hook_post"] = [stop_gradient]
-        return self.model.forward(
-            self.tokens,
-            read=self.inputs,
-            differentiate=[EMBED, *written],
-            edits=edits,
-            freeze=Freeze(patterns=True, norms=True, held=self.held),
-        )
+    @torch.no_grad()
+    def logit_rows(self, vectors_nD: Tensor) -> Tensor:
+        """(n, n_sources) direct effects on the last position's stream after the final norm, along each vector."""
+        last = torch.full((len(vectors_nD),), self.n_positions - 1, device=self.tokens.device)
+        return self._rows(self.paths.final, last, vectors_nD)
 
-    def rows(self, run: Pass, targets: Sequence[Target]) -> Tensor:
-        """(len(targets), n_sources): the direct effect of every source on each target."""
-        n_targets, n_positions = len(targets), run.hidden.shape[1]
-        vectors: dict[str | None, Tensor] = {}
-        for row, target in enumerate(targets):
-            if target.hook_point not in vectors:
-                vectors[target.hook_point] = run.hidden.new_zeros(n_targets, *run.hidden.shape)
-            vectors[target.hook_point][row, 0, target.position] = target.vector
-        outputs = [run.hidden if name is None else run.readings[name] for name in vectors]
-        found = run.pull_back(outputs, list(vectors.values()), retain=True, n_rows=n_targets)
-        gradients = {name: gradient[:, 0] for name, gradient in found.items()}
+    def sources_of(self, layer: int, position: int) -> Tensor:
+        """Columns int32 that can have an effect on a feature of `layer` at `position` (a logit is of layer L)."""
+        n_features, n_positions = len(self.features), self.n_positions
+        device = self.tokens.device
+        early = self.features.positions[: self.first_of_layer[layer]] <= position
+        begin = int(self.skip_first)
+        places = torch.arange(position + 1, dtype=torch.int32, device=device)
+        layers = torch.arange(layer, dtype=torch.int32, device=device)[:, None]
+        errors = n_features + layers * n_positions + places[None, begin:]
+        tokens = n_features + self.model.n_layers * n_positions + places
+        return torch.cat([early.nonzero().squeeze(1).int(), errors.flatten(), tokens])
 
-        n_features = len(self.features)
-        out = torch.zeros(n_targets, self.n_sources, device=run.hidden.device)
-        for layer, name in enumerate(self.transcoders.written):
-            gradient_BTD = gradients[name]
-            for position, (places, rows_mD) in self._writes.get(layer, {}).items():
-                out[:, places] += gradient_BTD[:, position] @ rows_mD.T
-            start = n_features + layer * n_positions
-            errors = torch.einsum("btd,td->bt", gradient_BTD, self.errors[layer])
-            out[:, start : start + n_positions] = errors
-        tokens = torch.einsum("btd,td->bt", gradients[EMBED], self.embeddings)
-        out[:, -n_positions:] = tokens
+    def _rows(self, read: Read, positions: Tensor, vectors: Tensor) -> Tensor:
+        n_features, n_positions = len(self.features), self.n_positions
+        out = torch.zeros(len(vectors), self.n_sources, device=vectors.device)
+        for layer, g_SnD in self.paths.walk(read, positions, vectors):
+            n_steps = len(g_SnD)
+            here, start = (
+                (self.embeddings, n_features + self.model.n_layers * n_positions)
+                if layer == EMBEDDING
+                else (self.errors[layer], n_features + layer * n_positions)
+            )
+            out[:, start : start + n_steps] = torch.bmm(g_SnD, here[:n_steps, :, None])[..., 0].T
+            for writer in () if layer == EMBEDDING else self.transcoders.writers(layer):
+                self._contract(out, g_SnD, writer, layer)
+        out[:, :n_features] *= self.features.values
         return out
 
-    def _by_position(
-        self, writes: dict[int, tuple[Tensor, Tensor]]
-    ) -> dict[int, dict[int, tuple[Tensor, Tensor]]]:
-        """layer -> position -> (places, value * decoder row (m, D)): one product a layer and position."""
-        found: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
-        for layer, (places, rows) in writes.items():
-            scaled = rows * self.features.values[places, None]
-            positions = self.features.positions[places]
-            found[layer] = {
-                position: (places[positions == position], scaled[positions == position])
-                for position in sorted(set(positions.tolist()))
-            }
-        return found
+    def _contract(self, out: Tensor, g_SnD: Tensor, read: int, layer: int) -> None:
+        written = self._written(read, layer)
+        first = self.first_of_layer[read]
+        for position, g_nD in enumerate(g_SnD):
+            low, high = written.starts[position], written.starts[position + 1]
+            if low < high:
+                rows = written.rows[written.which[low:high]]
+                out[:, first + low : first + high].addmm_(g_nD, rows.T)
 
-
-def _noting(inputs: dict[str, Tensor], name: str) -> Edit:
-    def edit(live: Tensor) -> None:
-        inputs[name] = live.clone()
-
-    return edit
-
-
-def _linear_in_skip(inputs: dict[str, Tensor], read: str, W_skip: Tensor) -> Edit:
-    def edit(live: Tensor) -> None:
-        skip = inputs[read] @ W_skip
-        live.copy_(skip + (live - skip).detach())
-
-    return edit
+    def _written(self, read: int, layer: int) -> Written:
+        kept = self._kept.get((read, layer))
+        if kept is not None:
+            return kept
+        low, high = self.first_of_layer[read], self.first_of_layer[read + 1]
+        distinct, which = self.features.indices[low:high].unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        steps = torch.arange(self.n_positions + 1, device=which.device)
+        made = Written(
+            rows=self.transcoders.rows_at(read, distinct, layer),
+            which=which,
+            starts=torch.searchsorted(self.features.positions[low:high], steps).tolist(),
+        )
+        n_bytes = 4 * made.rows.numel()
+        if self._kept_bytes + n_bytes <= KEPT_BYTES:
+            self._kept[read, layer] = made
+            self._kept_bytes += n_bytes
+        return made
 
 
 def logit_vector(model: GradientModel, token_id: int) -> Tensor:
     """(D,): an unembedding column less its mean over the vocabulary, before any soft cap."""
+    return logit_vectors(model, [token_id])[0]
+
+
+def logit_vectors(model: GradientModel, token_ids: Sequence[int]) -> Tensor:
+    """(n, D): `logit_vector` of several tokens."""
     head = model.loaded.model.get_submodule(model.loaded.family.head)
     weight: Tensor = head.weight  # type: ignore[assignment]
-    return (weight[token_id] - weight.mean(0)).detach()
+    return (weight[list(token_ids)] - weight.mean(0)).detach()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glasshouse.server.attribution.frozen_paths import FrozenPaths
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.dictionaries.features import SparseFeatures
@@ -80,6 +81,12 @@ class Transcoders:
             self._layers_in.append([point.layer or 0 for point in points])
             self._layers_out.append([self.written.index(name) for name in outs])
             for point, out in zip(points, outs):
+                if not FrozenPaths.readable(model, point.name):
+                    raise _mismatch(
+                        facts.name,
+                        f"it reads {point.name}",
+                        "Use transcoders that read the stream, directly or through one norm (ln2.hook_out).",
+                    )
                 if model.table.position(point.name) >= model.table.position(out):
                     raise _mismatch(
                         facts.name, f"{point.name} runs after {out}", "Use a transcoder of an MLP."
@@ -180,6 +187,23 @@ class Transcoders:
             layer: (torch.cat([p for p, _ in found]), torch.cat([r for _, r in found]))
             for layer, found in parts.items()
         }
+
+    def writers(self, layer: int) -> list[int]:
+        """The layers whose features can write at a layer's MLP contribution."""
+        return sorted(
+            read
+            for d, outs in enumerate(self._layers_out)
+            if layer in outs
+            for group, read in enumerate(self._layers_in[d])
+            if self.dictionaries[d].writes_at(group, outs.index(layer))
+        )
+
+    def rows_at(self, read: int, indices: Tensor, written: int) -> Tensor:
+        """(m, D): what one unit of each feature of a layer (by index) writes at the contribution of layer `written`."""
+        found = self.find(read, 0)
+        assert found is not None, "asked of `writers`"
+        d, first = found
+        return self.dictionaries[d].decoder_rows_at(indices + first, self._layers_out[d].index(written))
 
     def reconstruction(self, fired: Sequence[SparseFeatures], readings: Mapping[str, Tensor]) -> Tensor:
         """(L, T, D): what features, biases and skip connections make of every MLP contribution."""

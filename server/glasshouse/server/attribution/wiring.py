@@ -25,6 +25,7 @@ from glasshouse.server.attribution.editing import split_heads
 from glasshouse.server.attribution.freezing import norm_scale
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.models.families.norms import normalize, regain
+from glasshouse.server.models.families.spec import TapSite
 
 QKV = ("q", "k", "v")
 
@@ -109,7 +110,7 @@ class Wiring:
     def head_contributions(self, layer: int, z_BTX: Tensor) -> Tensor:
         """(H, B, T, D): what each head's z, out of (B, T, H * d_head), adds to the stream."""
         out_proj = self._module(self.at(layer, "attn.hook_z"))
-        W_XD, bias = _linear(out_proj)
+        W_XD, bias = linear_of(out_proj)
         W_HED = W_XD.view(self.model.loaded.n_heads, -1, W_XD.shape[-1])
         z_BTHE = split_heads(z_BTX, self.model.loaded.n_heads)
         heads = torch.einsum("bthe,hed->hbtd", z_BTHE, W_HED)
@@ -126,15 +127,10 @@ class Wiring:
     def read_heads(self, layer: int, part: str, x_NBTD: Tensor) -> Tensor:
         """(B, T, n_heads * d_head): queries, keys or values where head i reads the i-th of the streams `x`."""
         tap = self.model.table.tap(self.at(layer, f"attn.hook_{part}"))
-        W, bias = _linear(self._module(tap.point.name))
+        W, bias = linear_of(self._module(tap.point.name))
         y = self.normed(layer, "ln1", x_NBTD) @ W
         y = y if bias is None else y + bias
-        if tap.columns is not None:
-            y = y[..., tap.columns[0] : tap.columns[1]]
-        elif tap.interleave is not None:
-            index, n_parts = tap.interleave
-            y = y.view(*y.shape[:-1], tap.point.n_heads, n_parts, tap.point.d_head)[..., index, :].flatten(-2)
-        by_head = split_heads(y, tap.point.n_heads)
+        by_head = split_heads(part_columns(y, tap), tap.point.n_heads)
         own = torch.arange(tap.point.n_heads, device=y.device)
         return by_head[own, :, :, own].permute(1, 2, 0, 3).flatten(-2)
 
@@ -162,7 +158,17 @@ class Wiring:
         return self.model.loaded.model.get_submodule(self.model.table.tap(name).path)
 
 
-def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
+def part_columns(y: Tensor, tap: TapSite) -> Tensor:
+    """The columns (last dimension) of a fused projection's output, or weight, that belong to one part of it."""
+    if tap.columns is not None:
+        return y[..., tap.columns[0] : tap.columns[1]]
+    if tap.interleave is None:
+        return y
+    index, n_parts = tap.interleave
+    return y.view(*y.shape[:-1], tap.point.n_heads, n_parts, tap.point.d_head)[..., index, :].flatten(-2)
+
+
+def linear_of(module: Any) -> tuple[Tensor, Tensor | None]:
     """(in, out) weight and bias of a projection, whichever way round the module keeps it."""
     weight = cast(Tensor, module.weight)
     return weight if hasattr(module, "nf") else weight.T, cast("Tensor | None", module.bias)

@@ -114,6 +114,15 @@ class Dictionary(ABC):
     def decoder_rows(self, feature_ids: Tensor) -> Tensor:
         """(len, E) or (len, M, E) float32: what one unit of each feature writes. Reads only those rows."""
 
+    def decoder_rows_at(self, feature_ids: Tensor, site: int) -> Tensor:
+        """(len, E) float32: `decoder_rows` at one of the hook points written, by its place among them."""
+        rows = self.decoder_rows(feature_ids)
+        return rows if rows.ndim == 2 else rows[:, site]
+
+    def writes_at(self, group: int, site: int) -> bool:
+        """Whether features of a group can write at a hook point, by its place among those written."""
+        return True
+
     @abstractmethod
     def encoder_rows(self, feature_ids: Tensor) -> Tensor:
         """(len, D) or (len, S, D) float32: each feature's encoder direction. Reads only those rows."""

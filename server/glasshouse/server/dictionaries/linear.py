@@ -296,25 +296,40 @@ class LinearDictionary(Dictionary):
     @torch.no_grad()
     def decoder_rows(self, feature_ids: Tensor) -> Tensor:
         self.check_feature_ids(feature_ids)
-        rows = self._stored_rows(feature_ids.long())
-        if self.parameters.scale is not None and self.parameters.scale.keep:
-            rows = rows / self._scale[feature_ids.long()].view(-1, 1, 1)
-        back = self.parameters.normalisation.fixed_way_back
-        if back is not None and self.parameters.normalisation.name != "none":
-            rows = rows * back.scale
+        rows = self._written_by(feature_ids.long(), range(len(self.facts.hook_points_out)))
         return rows.squeeze(1) if len(self.facts.hook_points_out) == 1 else rows
 
-    def _stored_rows(self, feature_ids: Tensor) -> Tensor:
-        """(len, M, E) float32 rows as stored."""
+    @torch.no_grad()
+    def decoder_rows_at(self, feature_ids: Tensor, site: int) -> Tensor:
+        self.check_feature_ids(feature_ids)
+        return self._written_by(feature_ids.long(), range(site, site + 1)).squeeze(1)
+
+    def writes_at(self, group: int, site: int) -> bool:
+        return any((block.group, block.site) == (group, site) for block in self.parameters.decoders)
+
+    def _written_by(self, feature_ids: Tensor, sites: range) -> Tensor:
+        """(len, len(sites), E) float32: what one unit of each feature writes at these hook points."""
+        rows = self._stored_rows(feature_ids, sites)
+        if self.parameters.scale is not None and self.parameters.scale.keep:
+            rows = rows / self._scale[feature_ids].view(-1, 1, 1)
+        back = self.parameters.normalisation.fixed_way_back
+        if back is not None and self.parameters.normalisation.name != "none":
+            scale = back.scale[sites.start : sites.stop] if back.scale.ndim == 2 else back.scale
+            rows = rows * scale
+        return rows
+
+    def _stored_rows(self, feature_ids: Tensor, sites: range) -> Tensor:
+        """(len, len(sites), E) float32 rows as stored."""
         device = self.parameters.decoders[0].W_dec.device
         feature_ids = feature_ids.to(device)
-        shape = (feature_ids.numel(), len(self.facts.hook_points_out), self.facts.d_out)
-        rows = torch.zeros(shape, device=device)
+        rows = torch.zeros(feature_ids.numel(), len(sites), self.facts.d_out, device=device)
         for block in self.parameters.decoders:
+            if block.site not in sites:
+                continue
             low, high = self._offsets[block.group], self._offsets[block.group + 1]
             here = ((feature_ids >= low) & (feature_ids < high)).nonzero().squeeze(1)
             if here.numel():
-                rows[here, block.site] += block.W_dec[feature_ids[here] - low].float()
+                rows[here, block.site - sites.start] += block.W_dec[feature_ids[here] - low].float()
         return rows
 
     @torch.no_grad()
