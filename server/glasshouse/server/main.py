@@ -100,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16")
     add("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     add("--threads", metavar="N", type=int, help="CPU threads of the computation; 0: the library's choice")
+    add(
+        "--vllm",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the vLLM engine, such as tensor_parallel_size=2; see deploy/vllm.md",
+    )
     add("--max-running", metavar="N", type=int, help="sequences computed together; default: 64")
     add("--log-format", choices=("auto", "console", "json"), help="default: console on a terminal, else json")
     add("--log-level", choices=("debug", "info", "warning", "error"), help="default: info")
@@ -119,6 +126,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     try:
         settings = configuration.load(arguments.config) if arguments.config else Settings()
         merged = _merge(settings, arguments)
+        merged = replace(merged, vllm=configuration.vllm_settings(arguments.vllm, merged.vllm))
         configuration.check(merged)
     except configuration.ConfigurationError as error:
         raise StartError(str(error)) from error
@@ -179,6 +187,7 @@ def engine_settings(settings: Settings) -> EngineSettings:
         threads=model.threads or None,
         limits=settings.limits,
         allow_remote_code=model.allow_remote_code,
+        vllm=settings.vllm,
         dictionaries={**(_packaged() if model.model == EMBEDDED_MODEL else {}), **settings.dictionaries},
     )
 
@@ -201,8 +210,6 @@ def _embedded() -> str:
 
 
 def _create_engine(name: str, settings: EngineSettings) -> Engine:
-    if name == "vllm":
-        raise StartError("the vllm engine is not available in this version; use --engine transformers")
     try:
         from glasshouse.server.engines.factory import create_engine
 
@@ -211,7 +218,8 @@ def _create_engine(name: str, settings: EngineSettings) -> Engine:
         missing = error.name or str(error)
         if missing.startswith("glasshouse"):
             raise
-        raise StartError(f"{missing} is not installed; run: pip install 'glasshouse[server]'") from error
+        extra = "vllm" if name == "vllm" else "server"
+        raise StartError(f"{missing} is not installed; run: pip install 'glasshouse[{extra}]'") from error
 
 
 def _run(arguments: argparse.Namespace, engine_factory: EngineFactory | None) -> int:

@@ -117,7 +117,7 @@ def test_the_flags_are_pinned() -> None:
     flags = {text for action in serve._parser()._actions for text in action.option_strings}
     assert flags == {
         "-h", "--help", "--model", "--name", "--engine", "--dictionary", "--listen", "--metrics", "--config",
-        "--dtype", "--device", "--threads", "--max-running", "--log-format", "--log-level",
+        "--dtype", "--device", "--threads", "--vllm", "--max-running", "--log-format", "--log-level",
         "--allow-remote-code", "--insecure-listen", "--data", "--registry", "--registry-blobs",
     }  # fmt: skip
 
@@ -161,3 +161,51 @@ def written(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"'
     return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def test_settings_of_vllm(tmp_path: Path) -> None:
+    file = tmp_path / "g.toml"
+    file.write_text(
+        "[vllm]\ntensor_parallel_size = 2\ngpu_memory_utilization = 1\n"
+        '[vllm.speculative]\nmethod = "ngram"\nnum_speculative_tokens = 3\n'
+        "[vllm.arguments]\nswap_space = 2\n"
+    )
+    settings = parsed(
+        "--config",
+        str(file),
+        "--vllm",
+        "enforce_eager=true",
+        "--vllm",
+        "quantization=awq",
+        "--vllm",
+        "max_edits=7",
+    )
+    assert settings.vllm.tensor_parallel_size == 2
+    assert settings.vllm.gpu_memory_utilization == 1.0
+    assert settings.vllm.speculative == {"method": "ngram", "num_speculative_tokens": 3}
+    assert settings.vllm.arguments == {"swap_space": 2}
+    assert (settings.vllm.enforce_eager, settings.vllm.quantization, settings.vllm.max_edits) == (
+        True,
+        "awq",
+        7,
+    )
+    assert serve.engine_settings(settings).vllm == settings.vllm
+    table = parsed("--vllm", "speculative={method = 'ngram'}").vllm.speculative
+    assert table == {"method": "ngram"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("tensor_parallel_size", "is not NAME=VALUE"),
+        ("tensor_parallel=2", "did you mean tensor_parallel_size"),
+        ("tensor_parallel_size=two", "must be a whole number"),
+        ("tensor_parallel_size=0", "must be above 0"),
+        ("gpu_memory_utilization=1.5", "must be at most 1"),
+        ("distributed_executor=mpi", "must be one of"),
+        ("speculative=ngram", "must be a table"),
+    ],
+)
+def test_settings_of_vllm_that_cannot_be(given: str, message: str) -> None:
+    with pytest.raises(serve.StartError, match=message):
+        parsed("--vllm", given)

@@ -1,25 +1,10 @@
-"""Pictures of what the server found: pages of one file that need no network, images, and text on a terminal.
+"""Pictures of what the server found: pages of one file that need no network, and images.
 
-Pages and text need nothing beyond the client; images need `glasshouse[plot]`.
+`graph_page` needs nothing beyond the client; images need `glasshouse[plot]`.
 """
 
 from __future__ import annotations
 
-from glasshouse.client.pictures.figure import draw, save_figure
 from glasshouse.client.pictures.graph_page import FeatureNote, graph_page
-from glasshouse.client.pictures.parts import Bars, HeatMap, Part, TokenText
-from glasshouse.client.pictures.report_page import report_page
-from glasshouse.client.pictures.terminal import render
 
-__all__ = [
-    "Bars",
-    "FeatureNote",
-    "HeatMap",
-    "Part",
-    "TokenText",
-    "draw",
-    "graph_page",
-    "render",
-    "report_page",
-    "save_figure",
-]
+__all__ = ["FeatureNote", "graph_page"]

@@ -18,7 +18,7 @@ import structlog
 import torch
 
 from glasshouse.server.dictionaries import sanity
-from glasshouse.server.dictionaries.dictionary import Dictionary, stacked
+from glasshouse.server.dictionaries.dictionary import Dictionary, DictionaryFacts, stacked
 from glasshouse.server.dictionaries.open import estimate_bytes, open_dictionaries
 from glasshouse.server.dictionaries.sample_text import PASSAGES
 from glasshouse.server.dictionaries.store import DictionaryCheck, HeldDictionary
@@ -74,7 +74,8 @@ async def _fit(
 ) -> HeldDictionary:
     facts = dictionary.facts
     size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
-    if any(name.startswith(_OF_SEVERAL_MODELS) for name in (*facts.hook_points_in, *facts.hook_points_out)):
+    detached = _detached(sample.engine, table, facts)
+    if detached:
         return HeldDictionary(
             name=facts.name,
             path=path,
@@ -82,7 +83,7 @@ async def _fit(
             points_in=(),
             points_out=(),
             size_bytes=size_bytes,
-            detached="reads the activations of several models, of which this server runs one",
+            detached=detached,
         )
     points_in = _points(table, facts.name, facts.hook_points_in, facts.d_in, writing=False)
     points_out = _points(table, facts.name, facts.hook_points_out, facts.d_out, writing=True)
@@ -114,6 +115,22 @@ async def _fit(
         size_bytes=size_bytes,
         check=check,
     )
+
+
+def _detached(engine: Engine, table: HookTable, facts: DictionaryFacts) -> str:
+    """Why a dictionary cannot run on the model's own activations here, or ""."""
+    names = (*facts.hook_points_in, *facts.hook_points_out)
+    if any(name.startswith(_OF_SEVERAL_MODELS) for name in names):
+        return "reads the activations of several models, of which this server runs one"
+    if not engine.hooks_everything:
+        for name in names:
+            try:
+                point = table.resolve(name, field="path")
+            except ServingError:
+                return ""  # refused with its own words where its points are fitted
+            if not point.readable:
+                return f"is for {point.name}, which the {engine.info.engine} engine does not reach"
+    return ""
 
 
 def _points(

@@ -85,6 +85,13 @@ class Engine(ABC):
         """From now on requests find their directions and probes in `store`. Until then there are none."""
         self._store = store
 
+    @property
+    def hooks_everything(self) -> bool:
+        """Whether every hook point of the model's family can be had here. Where not, a dictionary of one that cannot is
+        held without its hook points.
+        """
+        return True
+
     @abstractmethod
     def token_contributions(self, directions: FloatArray) -> FloatArray:
         """What directions (n, d_model) in the residual stream add to the logits, (n, vocab) float32: through the final

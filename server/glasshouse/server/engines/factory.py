@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from glasshouse.server.types.configuration import EngineSettings
-from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
+from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
 from .engine import Engine
@@ -27,13 +27,9 @@ def create_engine(name: str, settings: EngineSettings) -> Engine:
             remedy=f"use one of {', '.join(ENGINES)}",
         )
     if name == "vllm":
-        raise FailedPrecondition(
-            "this build has no vllm engine",
-            reason=reasons.CAPABILITY_MISSING,
-            field="engine",
-            value=name,
-            remedy="use --engine transformers",
-        )
+        from .vllm.engine import create
+
+        return create(settings)
     from glasshouse.server.models.loading import load_model
 
     from .transformers.engine import TransformersEngine

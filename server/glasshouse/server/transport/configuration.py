@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from glasshouse.server.types.configuration import Settings
+from glasshouse.server.types.configuration import Settings, VllmSettings
 
 from .logs import FORMATS, LEVELS
 
@@ -19,7 +19,18 @@ Section = TypeVar("Section")
 
 # Numbers that may be 0.
 _MAY_BE_ZERO = frozenset(
-    {"threads", "drain_timeout_s", "gather_ms_per_stream", "max_gather_ms", "max_queued"}
+    {
+        "threads",
+        "drain_timeout_s",
+        "gather_ms_per_stream",
+        "max_gather_ms",
+        "max_queued",
+        "max_model_len",
+        "kv_cache_bytes",
+        "block_size",
+        "num_blocks",
+        "max_num_batched_tokens",
+    }
 )
 
 
@@ -62,6 +73,28 @@ def from_tables(tables: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def vllm_settings(given: Iterable[str], settings: VllmSettings) -> VllmSettings:
+    """`settings` with NAME=VALUE texts put over them; VALUE as TOML has it, or a bare word for a string.
+
+    Raises:
+        ConfigurationError: a text that is none, an unknown or unusable setting.
+    """
+    table: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigurationError(f"--vllm {text!r} is not NAME=VALUE")
+        try:
+            table[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[name] = value
+    kinds = typing.get_type_hints(VllmSettings)
+    _check_names(table, kinds, "setting of [vllm]")
+    return dataclasses.replace(
+        settings, **{name: _value(f"vllm.{name}", value, kinds[name]) for name, value in table.items()}
+    )
+
+
 def check(settings: Settings) -> None:
     """Refuses settings that contradict each other or have no meaning.
 
@@ -70,6 +103,11 @@ def check(settings: Settings) -> None:
     """
     _choice("log.format", settings.log.format, FORMATS)
     _choice("log.level", settings.log.level, LEVELS)
+    _choice("vllm.distributed_executor", settings.vllm.distributed_executor, ("", "mp", "ray"))
+    if settings.vllm.gpu_memory_utilization > 1:
+        raise ConfigurationError(
+            f"vllm.gpu_memory_utilization is {settings.vllm.gpu_memory_utilization:g}, it must be at most 1"
+        )
     for name, section in _sections(settings):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
@@ -101,6 +139,10 @@ def _value(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigurationError(f"{name} is {value!r}, it must be a list of strings")
         return tuple(value)
+    if typing.get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(f"{name} is {value!r}, it must be a table")
+        return dict(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

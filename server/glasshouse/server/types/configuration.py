@@ -114,6 +114,39 @@ class RegistrySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """`[vllm]`: what the vLLM engine is made with. 0 and "" leave vLLM's own choice.
+
+    `tensor_parallel_size`, `pipeline_parallel_size`: workers a layer is split over, and stages. `distributed_executor`:
+    "mp" or "ray". `quantization`: how the weights are stored. `max_model_len`: positions of one sequence, the
+    model's context by default. `gpu_memory_utilization`: share of a GPU's memory to take. `kv_cache_bytes`: keys and
+    values; on a CPU by default what `limits.max_running` sequences need, up to `limits.max_cache_bytes`.
+    `block_size`, `num_blocks`: of the key-value cache. `max_num_batched_tokens`: tokens of one step.
+    `enable_prefix_caching`, `enforce_eager`: as vLLM has them. `max_edits`, `max_vectors`: edits, and vectors, of all
+    running requests together. `join_timeout_s`: how long a token waits for what was read before it.
+    `speculative`: vLLM's speculative configuration. `arguments`: any other of vLLM's engine arguments.
+    """
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_executor: str = ""
+    quantization: str = ""
+    max_model_len: int = 0
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int = 0
+    block_size: int = 0
+    num_blocks: int = 0
+    max_num_batched_tokens: int = 0
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    max_edits: int = 4096
+    max_vectors: int = 4096
+    join_timeout_s: float = 30.0
+    speculative: Mapping[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The whole configuration. `dictionaries`: name -> path."""
 
@@ -126,6 +159,7 @@ class Settings:
     log: LogSettings = field(default_factory=LogSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     limits: Limits = field(default_factory=Limits)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,3 +174,4 @@ class EngineSettings:
     limits: Limits = field(default_factory=Limits)
     allow_remote_code: bool = False
     dictionaries: Mapping[str, str] = field(default_factory=dict)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
