@@ -26,6 +26,7 @@ class WorkerSettings:
 
     max_edits:        edits of all running requests together
     max_vectors:      vectors of all running requests together, d_model float32 each; resident ones apart
+    max_resident_vectors: named directions loaded at a time
     max_message_bytes: rows pushed in one message; more are split
     max_queued_messages: messages that wait for the gateway; over it the captures of that step fail, by name
     """
@@ -33,6 +34,7 @@ class WorkerSettings:
     max_edits: int = 4096
     max_vectors: int = 4096
     max_message_bytes: int = 4 << 20
+    max_resident_vectors: int = 1024
     max_queued_messages: int = 256
 
 

@@ -1,0 +1,258 @@
+"""A request's plan, installed: its slots taken, its clauses turned into integer tables that planning can concatenate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from glasshouse.server.dictionaries.dictionary import Dictionary
+from glasshouse.server.engines.vllm.contract.plan import Clause, EditPlan, RequestPlan
+from glasshouse.server.interventions.features import PreparedFeatureEdit
+from glasshouse.server.types.hook_points import HookPoint
+from glasshouse.server.types.selectors import ResolvedPositions
+
+from .tables import EditTable, VectorTable
+
+Array = np.ndarray
+
+# Columns of an edit segment: one range of one edit's clause.
+SLOT, SITE, TURN, KIND, LOW, HIGH = range(6)
+# Columns of a readout segment, one range of one readout's clause at one of its sites. READOUT is its index in the request.
+READOUT, SOURCE, READ_SITE, QUESTION, READ_LOW, READ_HIGH = range(6)
+
+ADD, PROJECT, ROTATE, REPLACE = range(4)
+_KINDS = {"add": ADD, "project": PROJECT, "rotate": ROTATE, "replace": REPLACE}
+
+
+@dataclass(eq=False, kw_only=True)
+class FeatureEdit:
+    """An edit of features, ready to apply, with its turn at each point it touches."""
+
+    clause: Clause
+    prepared: PreparedFeatureEdit
+    turns: dict[str, int]
+
+    @property
+    def group(self) -> tuple[int, tuple[int, ...]]:
+        """Edits of one group are measured and written together."""
+        return id(self.prepared.dictionary), tuple(self.turns.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of captured rows: readouts of all requests that ask the same are answered together."""
+
+    kind: str
+    sites: tuple[int, ...]
+    dtype: str
+    top_k: int
+    dictionary: Dictionary | None
+    feature_ids: tuple[int, ...]
+
+
+class Questions:
+    """Questions by number, for as long as a request asks them."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Question, int] = {}
+        self._asked: dict[int, int] = {}
+        self._by_number: dict[int, Question] = {}
+        self._next = 0
+
+    def __getitem__(self, number: int) -> Question:
+        return self._by_number[number]
+
+    def ask(self, question: Question) -> int:
+        """Its number."""
+        number = self._numbers.get(question)
+        if number is None:
+            number = self._numbers[question] = self._next
+            self._next += 1
+            self._by_number[number] = question
+            self._asked[number] = 0
+        self._asked[number] += 1
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """One request fewer asks it."""
+        self._asked[number] -= 1
+        if not self._asked[number]:
+            del self._asked[number], self._numbers[self._by_number.pop(number)]
+
+
+@dataclass(eq=False, kw_only=True)
+class InstalledRequest:
+    """A request this worker works for."""
+
+    tag: int
+    n_prompt: int
+    slots: list[int] = field(default_factory=list)
+    vector_rows: list[int] = field(default_factory=list)
+    edit_segments: Array = field(default_factory=lambda: np.empty((0, 6), np.int64))
+    feature_edits: list[FeatureEdit] = field(default_factory=list)
+    read_segments: Array = field(default_factory=lambda: np.empty((0, 6), np.int64))
+    questions: list[int] = field(default_factory=list)
+    # Edit slot -> token ids left out from the end of the prompt on; the same by readout index.
+    excluded_tokens: dict[int, Array] = field(default_factory=dict)
+    read_excluded_tokens: dict[int, Array] = field(default_factory=dict)
+    # Whether membership depends on more than ranges, so that every step is planned anew.
+    volatile: bool = False
+    failed: bool = False
+
+
+def install(
+    plan: RequestPlan,
+    *,
+    sites: Mapping[str, int],
+    edits: EditTable,
+    vectors: VectorTable,
+    questions: Questions,
+    dictionaries: Mapping[str, Dictionary],
+) -> InstalledRequest:
+    """Takes slots for `plan`. What lies on other pipeline stages is left to them. Raises with nothing taken."""
+    installed = InstalledRequest(tag=plan.tag, n_prompt=plan.n_prompt)
+    try:
+        _install_edits(installed, plan, sites, edits, vectors, dictionaries)
+        _install_readouts(installed, plan, sites, questions, dictionaries)
+    except BaseException:
+        uninstall(installed, edits=edits, vectors=vectors, questions=questions)
+        raise
+    return installed
+
+
+def uninstall(
+    request: InstalledRequest, *, edits: EditTable, vectors: VectorTable, questions: Questions
+) -> None:
+    """Gives its slots back."""
+    for slot in request.slots:
+        edits.replacement[slot] = None
+    edits.slots.give(request.slots)
+    vectors.release(request.vector_rows)
+    for number in request.questions:
+        questions.withdraw(number)
+    request.slots, request.vector_rows, request.questions = [], [], []
+
+
+def _install_edits(
+    installed: InstalledRequest,
+    plan: RequestPlan,
+    sites: Mapping[str, int],
+    edits: EditTable,
+    vectors: VectorTable,
+    dictionaries: Mapping[str, Dictionary],
+) -> None:
+    segments: list[tuple[int, int, int, int, int, int]] = []
+    turns: dict[str, int] = {}
+    for edit in plan.edits:
+        touched = list(dict.fromkeys((*edit.sites_in, *edit.sites_out)))
+        at = {name: turns.get(name, 0) for name in touched}
+        turns.update({name: turn + 1 for name, turn in at.items()})
+        if not _is_local(touched, sites, f"edit {edit.index}"):
+            continue
+        excluded = np.array(edit.clause.excluded_token_ids, dtype=np.int64)
+        installed.volatile = installed.volatile or excluded.size > 0
+        if edit.kind == "features":
+            installed.feature_edits.append(_feature_edit(edit, _known(dictionaries, edit.dictionary), at))
+            continue
+        slot = edits.slots.take(1)[0]
+        installed.slots.append(slot)
+        if edit.vector_keys:
+            rows = vectors.use(edit.vector_keys)
+        else:
+            rows = vectors.write(edit.vectors, edit.n_vectors)
+        installed.vector_rows.extend(rows)
+        _write(edits, slot, edit, rows)
+        installed.volatile = installed.volatile or edits.replacement[slot] is not None
+        if excluded.size:
+            installed.excluded_tokens[slot] = excluded
+        name = edit.sites_out[0]
+        for low, high in edit.clause.ranges:
+            segments.append((slot, sites[name], at[name], _KINDS[edit.kind], low, high))
+    installed.edit_segments = np.array(segments, dtype=np.int64).reshape(-1, 6)
+
+
+def _install_readouts(
+    installed: InstalledRequest,
+    plan: RequestPlan,
+    sites: Mapping[str, int],
+    questions: Questions,
+    dictionaries: Mapping[str, Dictionary],
+) -> None:
+    segments: list[tuple[int, int, int, int, int, int]] = []
+    for readout in plan.readouts:
+        if not _is_local(readout.sites, sites, f"readout {readout.index}"):
+            continue
+        question = Question(
+            kind=readout.kind,
+            sites=tuple(sites[name] for name in readout.sites),
+            dtype=readout.dtype,
+            top_k=readout.top_k,
+            dictionary=_known(dictionaries, readout.dictionary) if readout.dictionary else None,
+            feature_ids=readout.feature_ids,
+        )
+        number = questions.ask(question)
+        installed.questions.append(number)
+        if readout.clause.excluded_token_ids:
+            installed.volatile = True
+            installed.read_excluded_tokens[readout.index] = np.array(
+                readout.clause.excluded_token_ids, dtype=np.int64
+            )
+        for source, site in enumerate(question.sites):
+            for low, high in readout.clause.ranges:
+                segments.append((readout.index, source, site, number, low, high))
+    installed.read_segments = np.array(segments, dtype=np.int64).reshape(-1, 6)
+
+
+def _is_local(names: Sequence[str], sites: Mapping[str, int], what: str) -> bool:
+    here = [name for name in names if name in sites]
+    if here and len(here) != len(names):
+        missing = next(name for name in names if name not in sites)
+        raise ValueError(f"{what} needs {here[0]} and {missing}, which lie on different pipeline stages")
+    return bool(here)
+
+
+def _feature_edit(edit: EditPlan, dictionary: Dictionary, turns: dict[str, int]) -> FeatureEdit:
+    points_in = tuple(_point(name, dictionary.facts.d_in) for name in edit.sites_in)
+    points_out = tuple(_point(name, dictionary.facts.d_out) for name in edit.sites_out)
+    prepared = PreparedFeatureEdit(
+        index=edit.index,
+        kind="features",
+        hook_points=points_out,
+        positions=ResolvedPositions(ranges=edit.clause.ranges),
+        preserve_norm=edit.preserve_norm,
+        dictionary=dictionary,
+        points_in=points_in,
+        points_out=points_out,
+        feature_ids=edit.feature_ids,
+        factors=edit.factors,
+        offsets=edit.offsets,
+    )
+    return FeatureEdit(clause=edit.clause, prepared=prepared, turns=turns)
+
+
+def _point(name: str, width: int) -> HookPoint:
+    return HookPoint(
+        name=name, module_path="", kind="residual", layer=None, width=width, n_heads=0, d_head=0,
+        readable=True, writable=True,
+    )  # fmt: skip
+
+
+def _known(dictionaries: Mapping[str, Dictionary], key: str) -> Dictionary:
+    found = dictionaries.get(key)
+    if found is None:
+        raise KeyError(f"dictionary {key!r} is not loaded in this worker")
+    return found
+
+
+def _write(table: EditTable, slot: int, edit: EditPlan, rows: list[int]) -> None:
+    several = edit.kind == "replace" and len(rows) > 1
+    if not several:
+        table.vectors_E3[slot, : len(rows)] = rows
+    table.replacement[slot] = np.array(rows, dtype=np.int64) if several else None
+    low = -math.inf if edit.low is None else edit.low
+    high = math.inf if edit.high is None else edit.high
+    table.numbers_E4[slot] = (edit.plain, edit.scaled, low, high)
+    table.keep_norm_E[slot] = edit.preserve_norm
