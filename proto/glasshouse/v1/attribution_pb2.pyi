@@ -675,7 +675,6 @@ class PatchNode(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
-    FEATURE_FIELD_NUMBER: _builtins.int
     hook_point: _builtins.str
     """A writable hook point. Required."""
     position: _builtins.int
@@ -684,10 +683,6 @@ class PatchNode(_message.Message):
     """A head; for keys and values a key-value head. Default: all."""
     unit: _builtins.int
     """One element of the vector, such as a neuron of `mlp.hook_post`. Not together with head. Default: all."""
-    @_builtins.property
-    def feature(self) -> Global___FeatureNode:
-        """A feature of a dictionary that writes the hook point; its error stays. Not together with head or unit."""
-
     def __init__(
         self,
         *,
@@ -695,11 +690,10 @@ class PatchNode(_message.Message):
         position: _builtins.int | None = ...,
         head: _builtins.int | None = ...,
         unit: _builtins.int | None = ...,
-        feature: Global___FeatureNode | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "_position", b"_position", "_unit", b"_unit", "feature", b"feature", "head", b"head", "position", b"position", "unit", b"unit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "_position", b"_position", "_unit", b"_unit", "head", b"head", "position", b"position", "unit", b"unit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "_position", b"_position", "_unit", b"_unit", "feature", b"feature", "head", b"head", "hook_point", b"hook_point", "position", b"position", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_head", b"_head", "_position", b"_position", "_unit", b"_unit", "head", b"head", "hook_point", b"hook_point", "position", b"position", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__head: _TypeAlias = _typing.Literal["head"]  # noqa: Y015
     _WhichOneofArgType__head: _TypeAlias = _typing.Literal["_head", b"_head"]  # noqa: Y015
@@ -715,32 +709,6 @@ class PatchNode(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__unit) -> _WhichOneofReturnType__unit | None: ...
 
 Global___PatchNode: _TypeAlias = PatchNode  # noqa: Y015
-
-@_typing.final
-class FeatureNode(_message.Message):
-    """A feature as a node."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    DICTIONARY_FIELD_NUMBER: _builtins.int
-    FEATURE_FIELD_NUMBER: _builtins.int
-    dictionary: _builtins.str
-    """Format: `models/{model}/dictionaries/{dictionary}`, or `{dictionary}` alone. Required."""
-    feature: _builtins.int
-    """In [0, d_sae)."""
-    def __init__(
-        self,
-        *,
-        dictionary: _builtins.str = ...,
-        feature: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dictionary", b"dictionary", "feature", b"feature"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___FeatureNode: _TypeAlias = FeatureNode  # noqa: Y015
 
 @_typing.final
 class PatchGrid(_message.Message):
@@ -760,7 +728,9 @@ class PatchGrid(_message.Message):
     component: _builtins.str
     """A hook point without `blocks.{L}.`, such as `hook_resid_pre`, `attn.hook_z` or `mlp.hook_post`."""
     dictionary: _builtins.str
-    """A dictionary of one hook point, whose features are patched; `layers` stays empty."""
+    """A dictionary whose features are patched, the error preserved; `layers` stays empty.
+    Format: `models/{model}/dictionaries/{dictionary}`, or `{dictionary}` alone.
+    """
     by_head: _builtins.bool
     """Split by head. With components that have heads."""
     all_positions_at_once: _builtins.bool
@@ -779,7 +749,9 @@ class PatchGrid(_message.Message):
 
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Features. With `dictionary`; default: those active at the positions, on either input."""
+        """Features, each in [0, d_sae); -1 is the error. With `dictionary`. Default: those active at any of the positions on
+        either input (or on the clean one and `others`), and the error.
+        """
 
     @_builtins.property
     def positions(self) -> _inputs_pb2.PositionSelector:
@@ -1003,7 +975,7 @@ class SweepAxes(_message.Message):
 
     @_builtins.property
     def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Heads, units or features; empty where there is one column."""
+        """Heads, units or features (-1: the dictionary's error); empty where there is one column."""
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -1854,9 +1826,11 @@ class CreateAttributionGraphRequest(_message.Message):
     max_feature_nodes: _builtins.int
     """Most features in the graph: the most influential. Default: 4,096. At least 1."""
     batch_size: _builtins.int
-    """Rows computed together. Default: the server's choice. From 1 to 4,096."""
+    """Where not all active features fit, they are ranked anew after update_interval * batch_size of them. Default: 64. From 1
+    to 4,096.
+    """
     update_interval: _builtins.int
-    """Batches after which features are ranked anew, where not all fit. Default: 4. From 1 to 1,000."""
+    """Default: 4. From 1 to 1,000."""
     include_first_position: _builtins.bool
     """Give features and errors at position 0 nodes. Default: false: it is BOS, and reads and writes nothing that a prompt
     means.

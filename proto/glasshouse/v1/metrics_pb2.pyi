@@ -62,7 +62,7 @@ class Metric(_message.Message):
 
     @_builtins.property
     def probe(self) -> Global___ProbeValue:
-        """A linear probe's score."""
+        """A probe's score."""
 
     def __init__(
         self,
@@ -279,8 +279,8 @@ class FeatureValue(_message.Message):
     feature: _builtins.int
     """In [0, d_sae)."""
     pre_activation: _builtins.bool
-    """The pre-activation (encoder row . input + bias) in place of the activation: its gradient does not vanish where the
-    feature is off. Default: false.
+    """The pre-activation (encoder row . input, the bias left out) in place of the activation: its gradient does not vanish
+    where the feature is off. Default: false. With dictionaries that read one hook point.
     """
     def __init__(
         self,
@@ -299,21 +299,25 @@ Global___FeatureValue: _TypeAlias = FeatureValue  # noqa: Y015
 
 @_typing.final
 class ProbeValue(_message.Message):
-    """The score of a linear probe: direction . activation + bias, before any sigmoid."""
+    """A probe's log-odds, before any calibration, of the activation at the metric's position."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROBE_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
     probe: _builtins.str
     """Format: `models/{model}/probes/{probe}`, or `{probe}` alone. Required."""
+    label: _builtins.str
+    """Which of its labels, where it knows more than two. Default: its positive label."""
     def __init__(
         self,
         *,
         probe: _builtins.str = ...,
+        label: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "probe", b"probe"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines.watching import RequestWatch
+from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.probes.concepts import ConceptStore
-from glasshouse.server.types.errors import NotFound
+from glasshouse.server.types.errors import FailedPrecondition, NotFound
 from glasshouse.server.types.generation import (
     ExtractedInput,
     ExtractionRequest,
@@ -104,6 +105,22 @@ class Engine(ABC):
     @abstractmethod
     async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
         """Loads what lies at `path` as `name`, measured and fitted to the model (see `engines.dictionaries`)."""
+
+    def gradient_twin(self) -> LoadedModel:
+        """The model with hooks and attention of its own, sharing the weights that are served where they are float32:
+        what runs passes with gradients without touching generation. Made by the first call, which may take long;
+        safe from any thread.
+
+        Raises:
+            FailedPrecondition: this engine, or this model, has no gradients.
+        """
+        raise FailedPrecondition(
+            f"the {self.info.engine} engine of {self.info.name} has no gradients, which attribution needs",
+            reason=reasons.CAPABILITY_MISSING,
+            field="model",
+            value=self.info.name,
+            remedy="serve the model with --engine transformers",
+        )
 
     @abstractmethod
     async def start(self) -> None:

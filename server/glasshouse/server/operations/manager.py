@@ -35,11 +35,12 @@ class OperationSettings:
 
 @dataclass(eq=False, kw_only=True)
 class Progress:
-    """Where an operation stands. The operation itself writes it."""
+    """Where an operation stands. The operation itself writes it. `facts`: what its kind reports besides."""
 
     phase: str = "queued"
     done: int = 0
     total: int = 0
+    facts: Any = None
 
     @property
     def fraction(self) -> float:
@@ -77,8 +78,8 @@ class OperationManager:
         self._operations: dict[str, Operation] = {}
         self._places = asyncio.Semaphore(settings.max_running)
 
-    def submit(self, kind: str, work: Work) -> Operation:
-        """Queues `work`; returns its operation, named `operations/{id}`.
+    def submit(self, kind: str, work: Work, facts: Any = None) -> Operation:
+        """Queues `work`; returns its operation, named `operations/{id}`. `facts` are its progress's.
 
         Raises:
             ResourceExhausted: as many operations as may wait are waiting.
@@ -94,7 +95,9 @@ class OperationManager:
                 remedy="try again when one has ended, or cancel one",
                 retry_after_s=5.0,
             )
-        operation = Operation(name=f"operations/{uuid.uuid4().hex}", kind=kind)
+        operation = Operation(
+            name=f"operations/{uuid.uuid4().hex}", kind=kind, progress=Progress(facts=facts)
+        )
         self._operations[operation.name] = operation
         operation.task = asyncio.create_task(self._run(operation, work))
         return operation

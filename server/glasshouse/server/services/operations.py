@@ -10,6 +10,7 @@ from google.protobuf import empty_pb2
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 
+from glasshouse.server.operations.attribution.results import StoredResult
 from glasshouse.server.operations.compute_directions import ComputedDirections
 from glasshouse.server.operations.evaluate_dictionary import DictionaryEvaluation
 from glasshouse.server.operations.manager import Operation, OperationManager, Progress
@@ -18,6 +19,7 @@ from glasshouse.server.types.errors import ServingError
 from glasshouse.v1 import dictionaries_pb2
 
 from . import fields
+from .attribution.results import attribution_metadata, stored_message
 from .call import Call
 from .dictionary_messages import evaluation_message
 from .direction_messages import computed_message, directions_metadata
@@ -69,11 +71,14 @@ _METADATA: dict[str, Callable[[Progress], Message]] = {
     "EvaluateDictionary": _evaluation_metadata,
     "ComputeDirections": directions_metadata,
     "TrainProbe": training_metadata,
+    "CreateAttributionGraph": attribution_metadata,
+    "DiscoverCircuit": attribution_metadata,
 }
 _RESPONSES: dict[type, Callable[[Any], Message]] = {
     DictionaryEvaluation: evaluation_message,
     ComputedDirections: computed_message,
     TrainedOnModel: trained_message,
+    StoredResult: stored_message,
 }
 
 

@@ -29,6 +29,7 @@ _MAY_BE_ZERO = frozenset(
         "kv_cache_bytes",
         "block_size",
         "num_blocks",
+        "niceness",
         "max_num_batched_tokens",
     }
 )

@@ -13,6 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from glasshouse.v1 import (
     activations_pb2,
+    attribution_pb2,
     dictionaries_pb2,
     directions_pb2,
     feature_labels_pb2,
@@ -87,6 +88,7 @@ METHODS = methods_of(
     directions_pb2.DESCRIPTOR,
     probes_pb2.DESCRIPTOR,
     feature_labels_pb2.DESCRIPTOR,
+    attribution_pb2.DESCRIPTOR,
     operations_pb2.DESCRIPTOR,
 )
 SERVICES = tuple(dict.fromkeys(method.service for method in METHODS))

@@ -15,6 +15,7 @@ from glasshouse.server.operations.manager import OperationManager, OperationSett
 from glasshouse.server.probes.library import ConceptLibrary
 from glasshouse.server.probes.model_concepts import ModelConcepts
 from glasshouse.server.services.activations import ActivationServicer
+from glasshouse.server.services.attribution import AttributionServicer
 from glasshouse.server.services.catalogue import Catalogue
 from glasshouse.server.services.dictionaries import DictionaryServicer
 from glasshouse.server.services.directions import DirectionServicer
@@ -49,6 +50,7 @@ class _Running:
     gate: Gate
     engines: tuple[Engine, ...]
     operations: OperationManager
+    attribution: AttributionServicer
     watch: asyncio.Task[None]
 
 
@@ -85,6 +87,7 @@ class Server:
             engine.use_concepts(ModelConcepts(library, model=engine.info.name, revision=engine.info.revision))
         catalogue = Catalogue(self._engines)
         operations = OperationManager(OperationSettings())
+        attribution = AttributionServicer(catalogue, limits, operations, settings.attribution)
         servicers = {
             "glasshouse.v1.ModelService": ModelServicer(catalogue, limits),
             "glasshouse.v1.GenerationService": GenerationServicer(catalogue, limits, settings.streams),
@@ -93,6 +96,7 @@ class Server:
             "glasshouse.v1.DirectionService": DirectionServicer(catalogue, limits, operations, library),
             "glasshouse.v1.ProbeService": ProbeServicer(catalogue, limits, operations, library),
             "glasshouse.v1.FeatureLabelService": FeatureLabelServicer(catalogue, library),
+            "glasshouse.v1.AttributionService": attribution,
             "google.longrunning.Operations": OperationServicer(
                 operations, lambda error: rich_status(error, "")
             ),
@@ -114,6 +118,7 @@ class Server:
             gate=gate,
             engines=self._engines,
             operations=operations,
+            attribution=attribution,
             watch=asyncio.create_task(self._watch_engines()),
         )
 
@@ -140,6 +145,7 @@ class Server:
         if self._running is not None:
             self._running.watch.cancel()
             await self._running.operations.stop()
+            self._running.attribution.stop()
         await self._server.stop(_LAST_WORDS_S)
         if self.address.is_unix:
             _remove_socket(self.address)

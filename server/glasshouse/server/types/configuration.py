@@ -147,6 +147,29 @@ class VllmSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttributionSettings:
+    """`[attribution]`: what explaining may take, and where its results are kept.
+
+    `folder`: where graphs and circuits are stored; empty for a temporary one, gone when the server stops.
+    `keep_s`: how long each is kept. `max_stored_bytes`: of all together. `max_memory_bytes`, `max_seconds`: of one
+    operation as estimated before it starts; more is refused. `max_call_seconds`: the same of a call that is no
+    operation. `max_running`: operations computed together; `max_queued`: those, and calls, that may wait.
+    `threads`: CPU threads of the computation. `niceness`: how much it stands back for generation (Unix), 0 to 19.
+    """
+
+    folder: str = ""
+    keep_s: float = 86_400.0
+    max_stored_bytes: int = 8 << 30
+    max_memory_bytes: int = 8 << 30
+    max_seconds: float = 3600.0
+    max_call_seconds: float = 120.0
+    max_running: int = 1
+    max_queued: int = 16
+    threads: int = 1
+    niceness: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The whole configuration. `dictionaries`: name -> path."""
 
@@ -154,6 +177,7 @@ class Settings:
     dictionaries: Mapping[str, str] = field(default_factory=dict)
     server: ListenSettings = field(default_factory=ListenSettings)
     streams: StreamSettings = field(default_factory=StreamSettings)
+    attribution: AttributionSettings = field(default_factory=AttributionSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
     keys: KeySettings = field(default_factory=KeySettings)
     log: LogSettings = field(default_factory=LogSettings)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
+from glasshouse.server.attribution.twin import twin_of
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries
 from glasshouse.server.engines.engine import Engine, EngineStatus
@@ -49,7 +50,16 @@ from .scheduler import Scheduler, SchedulerSettings
 from .stream import EventStream, hand_over, unavailable
 
 _log = structlog.get_logger(__name__)
-CAPABILITIES = ("generate", "score", "extract", "intervene", "readout", "logit_lens", "features")
+CAPABILITIES = (
+    "generate",
+    "score",
+    "extract",
+    "intervene",
+    "readout",
+    "logit_lens",
+    "features",
+    "gradients",
+)
 # Forward-only requests wait in a queue of their own.
 _MAX_JOBS = 64
 # Models below this decode on one thread.
@@ -134,6 +144,8 @@ class TransformersEngine(Engine):
         self._failure = ""
         self._streams: list[EventStream[Any]] = []
         self._thread: threading.Thread | None = None
+        self._twin: LoadedModel | None = None
+        self._twin_lock = threading.Lock()
 
     # -- facts ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +200,13 @@ class TransformersEngine(Engine):
         """Logit contributions of directions; see `Engine`. Reads weights only, so any thread may call it."""
         host: FloatArray = head.token_contributions(self._loaded, torch.from_numpy(directions)).numpy()
         return host
+
+    def gradient_twin(self) -> LoadedModel:
+        """The model for passes with gradients; see `Engine`."""
+        with self._twin_lock:
+            if self._twin is None:
+                self._twin = twin_of(self._loaded)
+            return self._twin
 
     async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
         """Loads, fits and measures a dictionary; see `engines.dictionaries`."""

@@ -1,0 +1,1 @@
+"""Attribution as work for a server: lanes beside generation, estimates, stored results."""

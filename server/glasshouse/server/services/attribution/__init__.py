@@ -1,0 +1,5 @@
+"""AttributionService."""
+
+from .servicer import AttributionServicer
+
+__all__ = ["AttributionServicer"]
