@@ -17,7 +17,7 @@ from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.tokenizer import TextCodec
-from glasshouse.server.probes.concepts import ConceptStore
+from glasshouse.server.probes.concepts import ConceptShelf, ConceptStore
 from glasshouse.server.types.errors import FailedPrecondition, NotFound
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -45,6 +45,8 @@ class EngineStatus:
 
 class Engine(ABC):
     """An engine serving one model."""
+
+    _concepts: ConceptStore | None = None
 
     @property
     @abstractmethod
@@ -82,9 +84,16 @@ class Engine(ABC):
     def dictionaries(self) -> DictionaryStore:
         """The dictionaries that requests may name."""
 
+    @property
+    def concepts(self) -> ConceptStore:
+        """The directions and probes that requests may name."""
+        if self._concepts is None:
+            self._concepts = ConceptShelf(self.info.name)
+        return self._concepts
+
     def use_concepts(self, store: ConceptStore) -> None:
         """From now on requests find their directions and probes in `store`. Until then there are none."""
-        self._store = store
+        self._concepts = store
 
     @property
     def hooks_everything(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -15,21 +16,39 @@ from glasshouse.server.dictionaries.store import DictionaryStore
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.interventions import edits, features
 from glasshouse.server.interventions.edits import PreparedIntervention
+from glasshouse.server.probes.concepts import HeldProbe
+from glasshouse.server.probes.pooling import Pooling, RunningPool
 from glasshouse.server.readouts import prepared
-from glasshouse.server.readouts.prepared import PreparedReadout
+from glasshouse.server.readouts.prepared import PreparedReadout, ProbeReading
+from glasshouse.server.types.conditions import (
+    Condition,
+    ConditionScope,
+    ProbeColumn,
+    ProbeOutput,
+)
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from glasshouse.server.types.interventions import (
     FeatureEdit,
     Intervention,
     InterventionReceipt,
-    NamedDirection,
     ScaleFeatures,
     SetFeatures,
 )
 from glasshouse.server.types.models import ModelInfo
-from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, Readout, ReadProbe, WireDType
+from glasshouse.server.types.readouts import (
+    ReadActivations,
+    ReadFeatures,
+    ReadLogitLens,
+    Readout,
+    ReadProbe,
+    WireDType,
+)
 from glasshouse.server.types.selectors import ResolvedPositions, Selector, resolve
 from glasshouse.wire import reasons
+
+from .aborting import AbortCondition
+from .concepts import NO_CONCEPTS, Concepts, DeviceProbes, in_place
+from .conditions import ConditionPreparation, EditConditions, aggregation_of, check_looks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +60,13 @@ class Preparation:
     device: torch.device
     dictionaries: DictionaryStore
     max_readout_bytes: int
+    # Whether the engine scores probes and conditions while the model runs.
+    scores: bool = True
+
+    @cached_property
+    def probes(self) -> DeviceProbes:
+        """Probes on the model's device."""
+        return DeviceProbes(self.table, self.device)
 
     def check_tokens(self, token_ids: Sequence[int], *, max_tokens: int, field: str) -> None:
         """Raises `InvalidArgument` for an empty prompt, ids off the vocabulary, or more than the context holds."""
@@ -73,22 +99,51 @@ class Preparation:
             )
 
     def edits(
-        self, interventions: Sequence[Intervention], *, prompt: Sequence[int], n_fed: int
+        self,
+        interventions: Sequence[Intervention],
+        *,
+        prompt: Sequence[int],
+        n_fed: int,
+        concepts: Concepts = NO_CONCEPTS,
     ) -> tuple[PreparedIntervention, ...]:
-        """The interventions of a request that feeds at most `n_fed` positions, the first of them `prompt`."""
+        """The interventions of a request that feeds at most `n_fed` positions, the first of them `prompt`; `concepts` are
+        what they name.
+        """
         ready: list[PreparedIntervention] = []
+        conditions = EditConditions(self._conditions, concepts, len(prompt))
         for index, intervention in enumerate(interventions):
             field = f"interventions[{index}]"
-            if intervention.condition is not None:
-                raise _not_served(f"{field}.condition", "conditions")
-            if any(isinstance(part, NamedDirection) for part in vars(intervention.edit).values()):
-                raise _not_served(f"{field}.{intervention.edit.kind}.direction", "named directions")
+            intervention, resources = in_place(intervention, concepts, self.table, field)
             positions = self._resolve(intervention.positions, prompt, n_fed, f"{field}.positions")
-            if isinstance(intervention.edit, SetFeatures | ScaleFeatures):
-                ready.append(self._feature_edit(intervention, intervention.edit, index, positions, field))
-            else:
-                ready.append(self._plain_edit(intervention, index, positions, field))
+            edit = self._edit(intervention, index, positions, field)
+            condition = intervention.condition
+            if condition is not None:
+                path = f"{field}.condition"
+                self._check_scores(path, "conditions")
+                looked_at = self._resolve(condition.positions, prompt, n_fed, f"{path}.positions")
+                found = conditions.of(condition, looked_at, edit.hook_points, path)
+                reached = found.reach(positions, f"{field}.positions")
+                if reached is not positions:
+                    edit = self._edit(intervention, index, reached, field)
+                edit.under(found.prepared, found.identity)
+                resources += found.resources
+            edit.resources = resources
+            conditions.written(edit)
+            ready.append(edit)
         return tuple(ready)
+
+    @property
+    def _conditions(self) -> ConditionPreparation:
+        return ConditionPreparation(
+            table=self.table, device=self.device, dictionaries=self.dictionaries, probes=self.probes
+        )
+
+    def _edit(
+        self, intervention: Intervention, index: int, positions: ResolvedPositions, field: str
+    ) -> PreparedIntervention:
+        if isinstance(intervention.edit, SetFeatures | ScaleFeatures):
+            return self._feature_edit(intervention, intervention.edit, index, positions, field)
+        return self._plain_edit(intervention, index, positions, field)
 
     def _plain_edit(
         self, intervention: Intervention, index: int, positions: ResolvedPositions, field: str
@@ -127,42 +182,105 @@ class Preparation:
         )
 
     def readouts(
-        self, readouts: Sequence[Readout], *, prompt: Sequence[int], n_fed: int
+        self,
+        readouts: Sequence[Readout],
+        *,
+        prompt: Sequence[int],
+        n_fed: int,
+        concepts: Concepts = NO_CONCEPTS,
     ) -> tuple[PreparedReadout, ...]:
-        """The readouts of a request that feeds at most `n_fed` positions, the first of them `prompt`."""
-        ready = []
+        """The readouts of a request that feeds at most `n_fed` positions, the first of them `prompt`; `concepts` are what
+        they name.
+        """
+        ready: list[PreparedReadout] = []
+        pools: dict[object, RunningPool] = {}
         for index, readout in enumerate(readouts):
             field = f"readouts[{index}]"
             positions = self._resolve(readout.positions, prompt, n_fed, f"{field}.positions")
-            if isinstance(readout, ReadFeatures):
+            ready.append(self._readout(readout, index, positions, concepts, pools, field))
+        return tuple(ready)
+
+    def _readout(
+        self,
+        readout: Readout,
+        index: int,
+        positions: ResolvedPositions,
+        concepts: Concepts,
+        pools: dict[object, RunningPool],
+        field: str,
+    ) -> PreparedReadout:
+        match readout:
+            case ReadProbe():
+                self._check_scores(f"{field}.probe", "probes")
+                probe = concepts.probes[readout.probe]
+                return self._reading(probe, readout.output, index, positions, pools, f"{field}.probe.probe")
+            case ReadFeatures():
                 named = f"{field}.features.dictionary"
                 held = self.dictionaries.get(readout.dictionary, field=named).attached(named)
-                ready.append(
-                    prepared.prepare_features(
-                        readout,
-                        index=index,
-                        dictionary=held.dictionary,
-                        points=held.points_in,
-                        positions=positions,
-                        device=self.device,
-                        field=field,
-                    )
-                )
-                continue
-            if isinstance(readout, ReadProbe):
-                raise _not_served(f"{field}.probe", "probes")
-            inner = f"{field}.activations" if isinstance(readout, ReadActivations) else f"{field}.logit_lens"
-            point = self.table.resolve(readout.hook_point, field=f"{inner}.hook_point")
-            ready.append(
-                prepared.prepare(
+                return prepared.prepare_features(
                     readout,
                     index=index,
-                    point=point,
+                    dictionary=held.dictionary,
+                    points=held.points_in,
+                    positions=positions,
+                    device=self.device,
+                    field=field,
+                )
+            case ReadActivations() | ReadLogitLens():
+                inner = "activations" if isinstance(readout, ReadActivations) else "logit_lens"
+                return prepared.prepare(
+                    readout,
+                    index=index,
+                    point=self.table.resolve(readout.hook_point, field=f"{field}.{inner}.hook_point"),
                     positions=positions,
                     vocab_size=self.info.vocab_size,
                     field=field,
                 )
-            )
+
+    def _reading(
+        self,
+        held: HeldProbe,
+        output: ProbeOutput,
+        index: int,
+        positions: ResolvedPositions,
+        pools: dict[object, RunningPool],
+        field: str,
+    ) -> PreparedReadout:
+        """A probe's readout. Those of one request that pool the same share a pool of `pools`."""
+        points = self.probes.points(held, field)
+        pooling = held.probe.facts.pooling
+        pool: RunningPool | None = None
+        if pooling in (Pooling.MEAN, Pooling.MAX):
+            same = (pooling, tuple(point.name for point in points), positions)
+            pool = pools.setdefault(same, RunningPool(pooling))
+        reading = ProbeReading(name=held.name, probe=self.probes.of(held), output=output, pool=pool)
+        return PreparedReadout(index=index, points=points, positions=positions, reading=reading)
+
+    def abort_when(
+        self, abort_when: Sequence[Condition], *, prompt: Sequence[int], n_fed: int, concepts: Concepts
+    ) -> tuple[AbortCondition, ...]:
+        """What ends a generation before its time, each with a readout that the engine is to read too."""
+        ready: list[AbortCondition] = []
+        pools: dict[object, RunningPool] = {}
+        for index, condition in enumerate(abort_when):
+            field = f"abort_when[{index}]"
+            measure = self._conditions.measure(condition, concepts, field)
+            positions = self._resolve(condition.positions, prompt, n_fed, f"{field}.positions")
+            if condition.scope is ConditionScope.PROMPT:
+                positions = positions.limited(0, len(prompt))
+            check_looks(condition, positions, field)
+            own, column = -1 - index, 0
+            if isinstance(condition.source, ProbeColumn):
+                probe = concepts.probes[condition.source.probe]
+                column = probe.probe.column(condition.source.label)
+                readout = self._reading(probe, condition.source.output, own, positions, pools, field)
+            else:
+                feature = ReadFeatures(
+                    dictionary=condition.source.dictionary, features=(condition.source.feature,)
+                )
+                readout = self._readout(feature, own, positions, concepts, pools, field)
+            aggregation = aggregation_of(condition, measure.pooling)
+            ready.append(AbortCondition(index, condition, aggregation, readout, column))
         return tuple(ready)
 
     def check_bytes(self, ready: Sequence[PreparedReadout], *, n_fed: int, field: str) -> None:
@@ -201,6 +319,16 @@ class Preparation:
             )
         return tuple(ready)
 
+    def _check_scores(self, field: str, what: str) -> None:
+        if not self.scores:
+            raise FailedPrecondition(
+                f"{field}: this engine does not serve {what}",
+                reason=reasons.CAPABILITY_MISSING,
+                field=field,
+                value=what,
+                remedy="serve the model with --engine transformers",
+            )
+
     def _resolve(
         self, selector: Selector, prompt: Sequence[int], n_fed: int, field: str
     ) -> ResolvedPositions:
@@ -214,21 +342,13 @@ class Preparation:
         )
 
 
-def _not_served(field: str, what: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        f"{field}: this engine does not serve {what}",
-        reason=reasons.CAPABILITY_MISSING,
-        field=field,
-        value=what,
-        remedy="leave it out",
-    )
-
-
 def _bytes_per_position(readout: PreparedReadout, n_fed: int) -> int:
     if readout.lens_top_k:
         return 8 * readout.lens_top_k
     if readout.dictionary is not None:
         return 8 * (readout.top_k or (0 if readout.feature_ids is None else readout.feature_ids.numel()))
+    if readout.reading is not None:
+        return 4 * len(readout.reading.probe.facts.columns)
     size = 4 if readout.dtype == "float32" else 2
     return size * (
         readout.point.n_heads * n_fed if readout.point.kind == "attention" else readout.point.width
@@ -257,6 +377,8 @@ def receipt(ready: Sequence[PreparedIntervention]) -> tuple[InterventionReceipt,
             hook_points=tuple(point.name for point in edit.hook_points),
             positions_applied=edit.applied,
             content_hash=edit.content_hash,
+            positions_steered=edit.n_steered,
+            resources=edit.resources,
         )
         for edit in ready
     )

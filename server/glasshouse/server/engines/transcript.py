@@ -27,6 +27,8 @@ from glasshouse.server.types.interventions import InterventionReceipt
 from glasshouse.server.types.readouts import (
     FeatureActivations,
     FeatureRows,
+    ProbeScoreRows,
+    ProbeScores,
     PromptReadout,
     ReadoutValue,
     TopTokens,
@@ -202,6 +204,8 @@ def n_bytes(values: object) -> int:
         return values.token_ids.nbytes + values.logprobs.nbytes
     if isinstance(values, FeatureActivations | FeatureRows):
         return values.ids.nbytes + values.activations.nbytes
+    if isinstance(values, ProbeScores | ProbeScoreRows):
+        return values.scores.nbytes
     return int(getattr(values, "nbytes", 0))
 
 

@@ -33,6 +33,8 @@ from glasshouse.server.types.interventions import (
 from glasshouse.server.types.selectors import ResolvedPositions
 from glasshouse.wire import reasons
 
+from .conditions import PreparedCondition, Steered
+
 
 class Primitive(Enum):
     """The kernel an edit runs on."""
@@ -66,6 +68,21 @@ class PreparedIntervention:
     # Positions the passes fed that the selector covers, and positions at which the kernel ran.
     promised: int = 0
     applied: int = 0
+    # The named directions and probes it uses, with their versions.
+    resources: tuple[str, ...] = ()
+    condition: PreparedCondition | None = None
+    steered: Steered | None = None
+
+    def under(self, condition: PreparedCondition, identity: str) -> None:
+        """Makes it apply where `condition` holds; `identity` is what the condition says, for the content hash."""
+        self.condition = condition
+        self.steered = Steered(torch.zeros((), dtype=torch.int64))
+        self.content_hash = hashlib.sha256(f"{self.content_hash} under {identity}".encode()).hexdigest()
+
+    @property
+    def n_steered(self) -> int:
+        """Positions at which the edit was made. Waits for the device where there is a condition."""
+        return self.applied if self.steered is None else int(self.steered.count)
 
 
 @dataclass(eq=False, kw_only=True)

@@ -29,6 +29,7 @@ from glasshouse.server.types.selectors import ResolvedPositions
 from glasshouse.wire import reasons
 
 from . import kernels
+from .conditions import Gate
 from .edits import PreparedIntervention, content_hash, finite
 
 MAX_FEATURES = 4096
@@ -196,11 +197,13 @@ class FeatureGroup:
         rows_N: Tensor,
         columns_N: Tensor,
         owner_N: Tensor,
+        gate: Gate | None = None,
     ) -> None:
         self.dictionary = edits[0].dictionary
         self.points_in, self.points_out = edits[0].points_in, edits[0].points_out
         self._edits, self._counts = edits, counts
         self._rows_N, self._columns_N = rows_N, columns_N
+        self._gate = gate
         union = sorted({feature for edit in edits for feature in edit.feature_ids})
         place = {feature: index for index, feature in enumerate(union)}
         factors_EF = torch.ones(len(edits), len(union))
@@ -256,6 +259,11 @@ class FeatureGroup:
             edited = edited + change
         if self._keep_norm_N1 is not None:
             edited = kernels.restore_norm(edited, s_NW, self._keep_norm_N1)
+        if self._gate is not None:
+            open_N1 = self._gate.open()
+            edited = torch.where(open_N1, edited, s_NW)
+            if sink == self._first_sink:
+                self._gate.count(open_N1)
         tensor_BTW[self._rows_N, self._columns_N] = edited.to(tensor_BTW.dtype)
         if sink == self._first_sink:
             for edit, count in zip(self._edits, self._counts, strict=True):

@@ -4,6 +4,8 @@
 2. At one hook point a request's edits must run in order, so its k-th edit there goes to round k. Rows of different
    requests never meet: a round holds at most one edit a row and position.
 3. A round is split by primitive; each group gathers its rows, runs one kernel and writes them back in place.
+4. An edit's condition is measured in the round that the edit has, or would have, at the condition's hook points, before
+   that round's edits; the edits under one group of conditions make a group, which writes where they hold.
 
 A plan for decoding rows (one token each) depends on positions only through range membership: it stays valid for
 `valid_steps` further steps, so a steady batch pays for planning once.
@@ -21,10 +23,14 @@ from torch import Tensor
 from glasshouse.server.types.spans import Span
 
 from . import kernels
+from .conditions import ConditionCells, ConditionGroup, ConditionMeasurement, Gate, Steered
 from .edits import PreparedEdit, PreparedIntervention, Primitive
 from .features import FeatureGroup, FeatureMeasurement, FeatureWriting, PreparedFeatureEdit
 
 P = TypeVar("P", bound=PreparedIntervention)
+
+# What conditions must share to be measured together: their kind, and their turn at each of their points.
+_Measured = tuple[tuple[object, ...], tuple[int, ...]]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -43,6 +49,7 @@ class EditGroup:
     counts: list[tuple[PreparedEdit, int]]
     # All rows of a one-column batch in order: the cells are the tensor itself, no gather needed.
     whole: bool
+    gate: Gate | None = None
 
     def cells(self) -> list[tuple[int, int]]:
         """The (row, column) cells it edits."""
@@ -69,6 +76,10 @@ class EditGroup:
                 edited = self.vectors_VNW[0]
         if self.keep_norm_N1 is not None:
             edited = kernels.restore_norm(edited, s_NW, self.keep_norm_N1)
+        if self.gate is not None:
+            open_N1 = self.gate.open()
+            edited = torch.where(open_N1, edited, s_NW)
+            self.gate.count(open_N1)
         if self.whole:
             tensor_BTW[:, 0].copy_(edited)
         else:
@@ -82,6 +93,9 @@ class SiteAction(Protocol):
 
     def apply(self, tensor_BTW: Tensor) -> None:
         """Reads or edits in place."""
+
+
+_Turned = dict[str, list[tuple[int, SiteAction]]]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -129,17 +143,25 @@ def plan_edits(
 ) -> EditPlan:
     """Plans a pass whose row b feeds `spans[b]` under `edits[b]`; `n_columns` is the width of the padded batch."""
     plan = EditPlan()
-    plain: dict[tuple[str, int, Primitive], _Cells[PreparedEdit]] = {}
-    # By dictionary and the turn at each of its points.
-    through: dict[tuple[int, tuple[int, ...]], _Cells[PreparedFeatureEdit]] = {}
+    plain: dict[tuple[str, int, Primitive, _Measured | None], _Cells[PreparedEdit]] = {}
+    # By dictionary, the turn at each of its points, and the group of conditions they are under.
+    through: dict[tuple[int, tuple[int, ...], _Measured | None], _Cells[PreparedFeatureEdit]] = {}
+    measured: dict[_Measured, ConditionCells] = {}
     horizon: int | None = None
     for row, (span, row_edits) in enumerate(zip(spans, edits, strict=True)):
         turns: dict[str, int] = {}
         for edit in row_edits:
             if n_columns == 1:
                 horizon = _earlier(horizon, _steps_until_change(edit, span))
+            condition = edit.condition
+            under: _Measured | None = None
+            if condition is not None:
+                # Measured before what this edit and those after it write there; no turn of its own.
+                under = (condition.kind, tuple(turns.get(point.name, 0) for point in condition.points))
+                looked_at = condition.positions.within(span.start, span.token_ids)
+                measured.setdefault(under, ConditionCells()).add(condition, row, span.start, looked_at)
             positions = edit.positions.within(span.start, span.token_ids)
-            names = _touched(edit)
+            names = touched(edit)
             at = tuple(turns.get(name, 0) for name in names)
             for name in names:
                 turns[name] = turns.get(name, 0) + 1
@@ -147,25 +169,36 @@ def plan_edits(
                 continue
             plan.promised.append((edit, len(positions)))
             if isinstance(edit, PreparedFeatureEdit):
-                through.setdefault((id(edit.dictionary), at), _Cells()).add(edit, row, span.start, positions)
+                through.setdefault((id(edit.dictionary), at, under), _Cells()).add(
+                    edit, row, span.start, positions
+                )
             elif isinstance(edit, PreparedEdit):
-                key = (names[0], at[0], edit.primitive)
+                key = (names[0], at[0], edit.primitive, under)
                 plain.setdefault(key, _Cells()).add(edit, row, span.start, positions)
             else:
                 raise AssertionError(f"{type(edit).__name__} has no plan")
-    turned: dict[str, list[tuple[int, SiteAction]]] = {}
-    for (name, turn, primitive), edit_cells in plain.items():
+    turned: _Turned = {}
+    groups = {key: ConditionGroup(cells, n_columns, device) for key, cells in measured.items()}
+    # Sorting is stable: of one turn, what was put first runs first, and conditions are measured before anything is written.
+    for (_, point_turns), conditions in groups.items():
+        if conditions.looks:
+            for source, (point, turn) in enumerate(zip(conditions.points, point_turns, strict=True)):
+                turned.setdefault(point.name, []).append((turn, ConditionMeasurement(conditions, source)))
+    for (name, turn, primitive, under), edit_cells in plain.items():
         whole = n_columns == 1 and len(edit_cells.rows) == len(spans)
-        turned.setdefault(name, []).append((turn, _group(primitive, edit_cells, whole, device)))
-    for (_, point_turns), feature_cells in through.items():
-        _add_features(turned, feature_cells, point_turns, device)
+        group = _group(primitive, edit_cells, whole, device)
+        group.gate = None if under is None else _gate(groups[under], edit_cells, device)
+        turned.setdefault(name, []).append((turn, group))
+    for (_, point_turns, under), feature_cells in through.items():
+        gate = None if under is None else _gate(groups[under], feature_cells, device)
+        _add_features(turned, feature_cells, point_turns, gate, device)
     for name, actions in turned.items():
         plan.actions[name] = [action for _, action in sorted(actions, key=lambda item: item[0])]
     plan.valid_steps = horizon
     return plan
 
 
-def _touched(edit: PreparedIntervention) -> list[str]:
+def touched(edit: PreparedIntervention) -> list[str]:
     """Names of the points an edit takes a turn at, each once: an edit of features reads some and writes some."""
     points = (
         (*edit.points_in, *edit.points_out) if isinstance(edit, PreparedFeatureEdit) else edit.hook_points
@@ -173,10 +206,27 @@ def _touched(edit: PreparedIntervention) -> list[str]:
     return list(dict.fromkeys(point.name for point in points))
 
 
+def _gate(conditions: ConditionGroup, cells: _Cells[P], device: torch.device) -> Gate:
+    members: list[int] = []
+    steered: list[Steered] = []
+    for edit in cells.edits:
+        assert edit.condition is not None and edit.steered is not None, "an edit in the wrong group"
+        members.append(conditions.place(edit.condition))
+        steered.append(edit.steered)
+    return Gate(
+        conditions,
+        [members[own] for own in cells.owner],
+        torch.tensor(cells.columns, device=device),
+        torch.tensor(cells.owner, device=device),
+        steered,
+    )
+
+
 def _add_features(
-    turned: dict[str, list[tuple[int, SiteAction]]],
+    turned: _Turned,
     cells: _Cells[PreparedFeatureEdit],
     point_turns: tuple[int, ...],
+    gate: Gate | None,
     device: torch.device,
 ) -> None:
     group = FeatureGroup(
@@ -185,8 +235,9 @@ def _add_features(
         torch.tensor(cells.rows, device=device),
         torch.tensor(cells.columns, device=device),
         torch.tensor(cells.owner, device=device),
+        gate,
     )
-    turn_at = dict(zip(_touched(cells.edits[0]), point_turns, strict=True))
+    turn_at = dict(zip(touched(cells.edits[0]), point_turns, strict=True))
     # Where a point is read and written in the same turn, the reading comes first: sorting is stable.
     for index, path in enumerate(group.paths):
         name = group.points_in[path.source].name
@@ -200,10 +251,14 @@ def _steps_until_change(edit: PreparedIntervention, span: Span) -> int | None:
     """Further steps a decoding row's plan holds: 0 means plan anew for the next one."""
     if isinstance(edit, PreparedEdit) and edit.row_of:
         return 0
-    if edit.positions.excluded_token_ids:
-        return 0
-    change = edit.positions.next_change(span.start)
-    return None if change is None else change - span.start - 1
+    steps: int | None = None
+    for positions in (edit.positions, *(() if edit.condition is None else (edit.condition.positions,))):
+        if positions.excluded_token_ids:
+            return 0
+        change = positions.next_change(span.start)
+        if change is not None:
+            steps = _earlier(steps, change - span.start - 1)
+    return steps
 
 
 def _earlier(one: int | None, other: int | None) -> int | None:

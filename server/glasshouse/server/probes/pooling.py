@@ -13,6 +13,7 @@ same rows as pooling each prefix would.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -86,3 +87,37 @@ class RunningPool:
             pooled_TD = (sums_TD / counts_T[:, None]).float()
         self.n_positions += n_new
         return pooled_TD
+
+
+class PoolStack:
+    """Running pools of one kind that take one position each at every step: their states lie together, and each pool goes on
+    from where the last step left it.
+    """
+
+    def __init__(self, pools: Sequence[RunningPool], width: int, device: torch.device) -> None:
+        self._pools = pools
+        self._pooling = pools[0].pooling
+        assert all(pool.pooling is self._pooling for pool in pools), "a stack holds pools of one kind"
+        mean = self._pooling is Pooling.MEAN
+        empty_D = torch.full(
+            (width,),
+            0.0 if mean else -torch.inf,
+            dtype=torch.float64 if mean else torch.float32,
+            device=device,
+        )
+        self._held_RD = torch.stack([empty_D if pool._held_D is None else pool._held_D for pool in pools])
+        self._counts_R = torch.tensor(
+            [pool.n_positions for pool in pools], dtype=torch.float64, device=device
+        )
+        for row, pool in enumerate(pools):
+            pool._held_D = self._held_RD[row]
+
+    def add(self, x_RD: Tensor) -> Tensor:
+        """The next position of each pool; returns (R, D) float32: what each pools up to and with it."""
+        for pool in self._pools:
+            pool.n_positions += 1
+        if self._pooling is Pooling.MAX:
+            return torch.maximum(self._held_RD, x_RD.float(), out=self._held_RD)
+        self._held_RD += x_RD
+        self._counts_R += 1
+        return (self._held_RD / self._counts_R[:, None]).float()

@@ -189,6 +189,14 @@ class ProbeBank:
             tuple(folded),
         )
 
+    def margins(self, x: Tensor) -> list[Tensor]:
+        """Log-odds (N, C) of each probe, none of them calibrated, on rows x (N, D)."""
+        assert all(probe.calibration is None for probe in self.probes), "calibrations are folded in"
+        widths = [probe.layers[0].biases.shape[0] for probe in self.probes]
+        logits = torch.addmm(self.biases, x.to(self.weights.dtype), self.weights)
+        parts = torch.split(logits, widths, dim=1)
+        return [probe.margins_of(part) for probe, part in zip(self.probes, parts, strict=True)]
+
     def score(self, x: Tensor) -> list[Tensor]:
         """Scores (N, C) of each probe on rows x (N, D)."""
         widths = [probe.layers[0].biases.shape[0] for probe in self.probes]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,9 @@ from glasshouse.server.types.readouts import Array, WireDType
 from glasshouse.server.types.spans import Span
 
 from .prepared import PreparedReadout
+
+if TYPE_CHECKING:
+    from .probes import StepScoring
 
 # Above this share of a tensor's cells, keeping it whole is cheaper than gathering.
 _WHOLE_SHARE = 0.5
@@ -93,6 +97,8 @@ class CapturePlan:
 
     sites: dict[str, SiteCapture] = field(default_factory=dict)
     valid_steps: int | None = None
+    # Made when a step's probes are first scored.
+    scoring: StepScoring | None = None
 
     def __iter__(self) -> Iterator[tuple[SiteCapture, Share]]:
         for site in self.sites.values():

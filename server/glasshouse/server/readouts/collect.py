@@ -9,12 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glasshouse.server.types.readouts import Array, FeatureRows, PromptReadout, ReadoutValue, TopTokens
+from glasshouse.server.types.readouts import (
+    Array,
+    FeatureRows,
+    ProbeScoreRows,
+    ProbeScores,
+    PromptReadout,
+    ReadoutValue,
+    TopTokens,
+)
 
 from .capture import CapturePlan, Share, SiteCapture, to_host
-from .features import FeatureTable, concatenate, encode_step
+from .features import FeatureTable, concatenate, encode_captures, encode_step
 from .lens import top_tokens
 from .prepared import PreparedReadout
+from .probes import StepScoring, no_rows, score_captures
 
 # Feature rows of no position: indptr, ids, activations.
 NO_ROWS = (np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -48,6 +57,10 @@ def collect_step(plan: CapturePlan, lens: Lens, stops: Sequence[int]) -> dict[in
                 found.setdefault(share.row, {})[share.readout.index] = tokens
     for row, index, features in encode_step(plan):
         found.setdefault(row, {})[index] = features
+    if plan.scoring is None:
+        plan.scoring = StepScoring(plan)
+    for row, index, scores in plan.scoring.score():
+        found.setdefault(row, {})[index] = scores
     return found
 
 
@@ -57,6 +70,19 @@ def _lens_shares(site: SiteCapture) -> dict[int, list[Share]]:
         if share.readout.lens_top_k:
             grouped.setdefault(share.readout.lens_top_k, []).append(share)
     return grouped
+
+
+@dataclass(frozen=True, eq=False)
+class Together:
+    """What a pass over prompts computes for all its rows at once, by (row of the batch, readout index)."""
+
+    features: Mapping[tuple[int, int], FeatureTable]
+    scores: Mapping[tuple[int, int], Array]
+
+    @classmethod
+    def of(cls, plan: CapturePlan) -> Together:
+        """Of a pass that has run. Once a pass: running pools go on from here."""
+        return cls(encode_captures(plan), score_captures(plan))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -69,6 +95,7 @@ class PromptCollector:
     _pieces: dict[int, list[Array]] = field(default_factory=dict)
     _tokens: dict[int, list[TopTokens]] = field(default_factory=dict)
     _features: dict[int, list[FeatureTable]] = field(default_factory=dict)
+    _scores: dict[int, list[Array]] = field(default_factory=dict)
 
     def finish(self) -> tuple[PromptReadout, ...]:
         """Every readout, also those that covered no position of the prompt (with none)."""
@@ -80,18 +107,19 @@ class PromptCollector:
         row: int,
         stop: int,
         lens: Lens,
-        features: Mapping[tuple[int, int], FeatureTable],
+        together: Together,
     ) -> None:
-        """Takes what `plan` captured for `row`, which attends to `stop` keys after this pass; `features` are those of
-        the whole pass (`encode_captures`).
-        """
+        """Takes what `plan` captured for `row`, which attends to `stop` keys after this pass."""
         for site, share in plan:
             if share.row != row or share.source:
                 continue
             index, readout = share.readout.index, share.readout
             self._positions.setdefault(index, []).extend(share.positions)
             if readout.dictionary is not None:
-                self._features.setdefault(index, []).append(features[row, index])
+                self._features.setdefault(index, []).append(together.features[row, index])
+                continue
+            if readout.reading is not None:
+                self._scores.setdefault(index, []).append(together.scores[row, index])
                 continue
             values = site.values(share)
             if readout.lens_top_k:
@@ -115,6 +143,8 @@ class PromptCollector:
             if readout.dictionary is not None:
                 table = self._features[readout.index][-1]
                 found[readout.index] = table.at(len(table.ids) - 1)
+            elif readout.reading is not None:
+                found[readout.index] = ProbeScores(self._scores[readout.index][-1][-1])
             elif readout.lens_top_k:
                 found[readout.index] = self._tokens[readout.index][-1]
             else:
@@ -124,10 +154,14 @@ class PromptCollector:
 
     def _whole(self, readout: PreparedReadout) -> PromptReadout:
         positions = tuple(self._positions.get(readout.index, ()))
-        values: Array | tuple[TopTokens, ...] | FeatureRows
+        values: Array | tuple[TopTokens, ...] | FeatureRows | ProbeScoreRows
         if readout.dictionary is not None:
             tables = self._features.get(readout.index)
             values = concatenate(tables).rows() if tables else FeatureRows(*NO_ROWS)
+        elif readout.reading is not None:
+            labels = readout.reading.probe.facts.columns
+            scores = self._scores.get(readout.index) or [no_rows(len(labels))]
+            values = ProbeScoreRows(readout.reading.name, labels, np.concatenate(scores))
         elif readout.lens_top_k:
             values = tuple(self._tokens.get(readout.index, ()))
         else:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from glasshouse.server.dictionaries.dictionary import Dictionary
+from glasshouse.server.probes.pooling import RunningPool
+from glasshouse.server.probes.served import ServedProbe
+from glasshouse.server.types.conditions import ProbeOutput
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
 from glasshouse.server.types.hook_points import HookPoint
 from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, ReadLogitLens, WireDType
@@ -16,10 +19,24 @@ from glasshouse.wire import reasons
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class ProbeReading:
+    """How a probe is read: `probe` in float32 on the model's device, `name` the resource name of its version. `pool` is the
+    request's own, where the probe pools over positions and one position is not all it sees.
+    """
+
+    name: str
+    probe: ServedProbe
+    output: ProbeOutput
+    pool: RunningPool | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PreparedReadout:
     """A readout ready to plan: activations sent as `dtype`; with `lens_top_k` > 0 the logit lens; with a `dictionary` its
-    `top_k` strongest features or those of `feature_ids` (int64 (n,)), read at `points`, which are several for one that
-    reads several hook points.
+    `top_k` strongest features or those of `feature_ids` (int64 (n,)); with a `reading` the scores of its probe. Read at
+    `points`, which are several for a dictionary or probe that reads several hook points.
+
+    `index`: its place in the request; negative for one that the server reads for itself.
     """
 
     index: int
@@ -30,6 +47,7 @@ class PreparedReadout:
     dictionary: Dictionary | None = None
     top_k: int = 0
     feature_ids: Tensor | None = None
+    reading: ProbeReading | None = None
 
     @property
     def point(self) -> HookPoint:
@@ -39,7 +57,7 @@ class PreparedReadout:
     @property
     def is_plain(self) -> bool:
         """Whether the captured activation itself is the value."""
-        return not self.lens_top_k and self.dictionary is None
+        return not self.lens_top_k and self.dictionary is None and self.reading is None
 
 
 def prepare(

@@ -7,7 +7,7 @@ A position is the absolute index of the token fed in. A request with `n_prompt` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from glasshouse.wire import reasons
@@ -70,6 +70,24 @@ class ResolvedPositions:
             else:
                 found.extend(p for p in range(low, high) if self.covers(p, token_ids[p - start]))
         return found
+
+    def limited(self, start: int, stop: int | None = None) -> ResolvedPositions:
+        """Those of them from `start` on, below `stop`."""
+        ranges = tuple(
+            (max(low, start), high if stop is None else min(high, stop))
+            for low, high in self.ranges
+            if high > start and (stop is None or low < stop)
+        )
+        return replace(self, ranges=tuple(bounds for bounds in ranges if bounds[0] < bounds[1]))
+
+    @property
+    def empty(self) -> bool:
+        """Whether it covers no position, whatever the tokens."""
+        return all(
+            all(position in self.excluded for position in range(low, min(high, self.n_prompt)))
+            and high <= max(low, self.n_prompt)
+            for low, high in self.ranges
+        )
 
     def next_change(self, position: int) -> int | None:
         """The first position after `position` where membership by range may change; None when it never does.

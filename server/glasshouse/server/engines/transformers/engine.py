@@ -20,8 +20,9 @@ import torch
 from glasshouse.server.attribution.twin import twin_of
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries
+from glasshouse.server.engines.concepts import Concepts, look_up
 from glasshouse.server.engines.engine import Engine, EngineStatus
-from glasshouse.server.engines.preparation import Preparation, _not_served
+from glasshouse.server.engines.preparation import Preparation
 from glasshouse.server.engines.watching import RequestWatch, prepare_steering
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models import head
@@ -59,6 +60,8 @@ CAPABILITIES = (
     "logit_lens",
     "features",
     "gradients",
+    "probes",
+    "conditions",
 )
 # Forward-only requests wait in a queue of their own.
 _MAX_JOBS = 64
@@ -229,15 +232,14 @@ class TransformersEngine(Engine):
         self._admit(queued=self.status().queued, most=self._limits.max_queued)
         n_fed = len(request.prompt) + request.max_tokens - 1
         self._check_cache(n_fed)
-        edits = self._preparation.edits(request.interventions, prompt=request.prompt, n_fed=n_fed)
-        readouts = self._preparation.readouts(request.readouts, prompt=request.prompt, n_fed=n_fed)
-        self._preparation.check_bytes(readouts, n_fed=n_fed, field="readouts")
-        if request.abort_when:
-            raise _not_served("abort_when", "conditions")
+        concepts = await look_up(self.concepts, request.interventions, request.readouts, request.abort_when)
+        prompt, check = request.prompt, self._preparation
+        edits = check.edits(request.interventions, prompt=prompt, n_fed=n_fed, concepts=concepts)
+        readouts = check.readouts(request.readouts, prompt=prompt, n_fed=n_fed, concepts=concepts)
+        check.check_bytes(readouts, n_fed=n_fed, field="readouts")
+        abort_when = check.abort_when(request.abort_when, prompt=prompt, n_fed=n_fed, concepts=concepts)
         if watch is not None:
-            prepare_steering(
-                watch, lambda some: self._preparation.edits(some, prompt=request.prompt, n_fed=n_fed)
-            )
+            prepare_steering(watch, lambda some: check.edits(some, prompt=prompt, n_fed=n_fed))
         stream: EventStream[GenerationEvent] = self._stream()
         row = GenerationRow(
             request,
@@ -247,6 +249,7 @@ class TransformersEngine(Engine):
             eos_token_ids=self._info.eos_token_ids,
             stream=stream,
             watch=watch,
+            abort_when=abort_when,
         )
         async with aclosing(self._submit(row, stream)) as batches:
             async for batch in batches:
@@ -265,7 +268,10 @@ class TransformersEngine(Engine):
             )
         self._admit(queued=len(self._scheduler.jobs), most=_MAX_JOBS)
         edits = self._preparation.edits(
-            request.interventions, prompt=request.tokens, n_fed=len(request.tokens)
+            request.interventions,
+            prompt=request.tokens,
+            n_fed=len(request.tokens),
+            concepts=await look_up(self.concepts, request.interventions),
         )
         stream: EventStream[ScoreResult] = self._stream()
         item = BulkInput(index=0, prompt=Prompt(tokens=request.tokens, edits=edits, readouts=()))
@@ -277,9 +283,10 @@ class TransformersEngine(Engine):
     async def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         """Each input as it is done; see `Engine`."""
         self._admit(queued=len(self._scheduler.jobs), most=_MAX_JOBS)
+        concepts = await look_up(self.concepts, request.interventions)
         # Thousands of inputs, each with its own checks: not on the event loop.
         inputs = await asyncio.to_thread(
-            lambda: [self._bulk_input(request, index) for index in range(len(request.inputs))]
+            lambda: [self._bulk_input(request, index, concepts) for index in range(len(request.inputs))]
         )
         stream: EventStream[ExtractedInput] = self._stream()
         job = ExtractionJob(self._model, inputs, stream)
@@ -288,10 +295,10 @@ class TransformersEngine(Engine):
                 for extracted in batch:
                     yield extracted
 
-    def _bulk_input(self, request: ExtractionRequest, index: int) -> BulkInput:
+    def _bulk_input(self, request: ExtractionRequest, index: int, concepts: Concepts) -> BulkInput:
         tokens, check = request.inputs[index], self._preparation
         check.check_tokens(tokens, max_tokens=0, field=f"inputs[{index}]")
-        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens))
+        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens), concepts=concepts)
         readouts = check.extraction(request.hook_points, request.positions, request.dtype, prompt=tokens)
         check.check_bytes(readouts, n_fed=len(tokens), field="hook_points")
         return BulkInput(index=index, prompt=Prompt(tokens=tokens, edits=edits, readouts=readouts))

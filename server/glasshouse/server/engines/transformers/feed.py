@@ -16,8 +16,7 @@ from glasshouse.server.engines.watching import RequestWatch, watched_pass
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.models.loaded import LoadedModel
-from glasshouse.server.readouts.collect import PromptCollector
-from glasshouse.server.readouts.features import encode_captures
+from glasshouse.server.readouts.collect import PromptCollector, Together
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.spans import Span
 
@@ -103,9 +102,9 @@ class PromptFeed:
             if planned.watched is not None:
                 planned.watched.conclude_prompts(spans)
             look(FedPass(planned=planned, spans=spans, hidden_BTD=hidden))
-            features = encode_captures(planned.captures)
+            together = Together.of(planned.captures)
             for row, collector in enumerate(self.collectors):
-                collector.add(planned.captures, row, spans[row].stop, self._model.lens, features)
+                collector.add(planned.captures, row, spans[row].stop, self._model.lens, together)
         finally:
             planned.close()
         self._fed = stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from glasshouse.server.engines.aborting import AbortCondition, AbortConditions
 from glasshouse.server.engines.preparation import receipt
 from glasshouse.server.engines.transcript import Ending, Transcript
 from glasshouse.server.engines.watching import RequestWatch
@@ -31,9 +32,11 @@ class GenerationRow:
         eos_token_ids: Sequence[int],
         stream: EventStream[GenerationEvent],
         watch: RequestWatch | None = None,
+        abort_when: Sequence[AbortCondition] = (),
     ) -> None:
         self.request = request
-        self._own_edits, self.readouts = edits, readouts
+        self._abort_when = AbortConditions(abort_when)
+        self._own_edits, self.readouts = edits, (*readouts, *self._abort_when.readouts)
         self.watch = watch
         self.stream = stream
         self.sampler = RowSampler(request.sampling)
@@ -65,9 +68,11 @@ class GenerationRow:
             self.watch.begin(self.request.prompt)
         self._transcript.started()
 
-    def prefilled(self, readouts: tuple[PromptReadout, ...]) -> None:
-        """Its prompt has been fed."""
-        self._transcript.prefilled(readouts)
+    def prefilled(self, readouts: tuple[PromptReadout, ...]) -> bool:
+        """Its prompt has been fed; returns whether the generation goes on."""
+        self._transcript.prefilled(tuple(readout for readout in readouts if readout.readout >= 0))
+        abort = self._abort_when.over_prompt(readouts)
+        return not self.stream.ended if abort is None else self._end(self._transcript.aborted(abort))
 
     def push(
         self,
@@ -78,19 +83,30 @@ class GenerationRow:
     ) -> bool:
         """Takes the next token; returns whether the generation goes on. A `logprob` of NaN: the logits are not finite.
 
-        Where a watch has ended the generation at the position just fed, the token is not taken.
+        Where a watch or a condition has ended the generation at the position just fed, the token is not taken.
         """
-        watch = self.watch
+        watch, transcript = self.watch, self._transcript
+        abort = None if watch is None else watch.abort
+        # The prompt's positions have been asked already.
+        if abort is None and transcript.n_generated:
+            abort = self._abort_when.at(self.n_prompt + transcript.n_generated - 1, readouts)
+        if abort is not None:
+            return self._end(transcript.aborted(abort))
         try:
-            if watch is not None and watch.abort is not None:
-                ending: Ending | None = self._transcript.aborted(watch.abort)
-            else:
-                ending = self._transcript.push(token_id, logprob, top, readouts)
-            if ending is None:
-                if watch is not None and watch.wants_text:
-                    watch.generated.append(token_id)
-                return not self.stream.ended
-            flags = () if watch is None else tuple(watch.flags)
+            ending = transcript.push(token_id, logprob, top, self._abort_when.without(readouts))
+        except ServingError as error:
+            self.stream.fail(error)
+            return False
+        if ending is not None:
+            return self._end(ending)
+        if watch is not None and watch.wants_text:
+            watch.generated.append(token_id)
+        return not self.stream.ended
+
+    def _end(self, ending: Ending) -> bool:
+        watch = self.watch
+        flags = () if watch is None else tuple(watch.flags)
+        try:
             if watch is not None:
                 # Nothing is reported of them, but they too are applied wherever they are due.
                 receipt(watch.all_edits)

@@ -184,8 +184,7 @@ class Scheduler:
         assert feed.cache is not None
         for index, row in enumerate(rows):
             collector = feed.collectors[index]
-            row.prefilled(collector.finish())
-            if row.push(*chosen.of(index), collector.last()):
+            if row.prefilled(collector.finish()) and row.push(*chosen.of(index), collector.last()):
                 self.decoding.join(row, feed.cache, index)
         return True
 

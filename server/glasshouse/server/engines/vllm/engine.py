@@ -24,6 +24,7 @@ import torch
 
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries as loading
+from glasshouse.server.engines.concepts import Concepts, look_up
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation
 from glasshouse.server.engines.transcript import Ending, Transcript
@@ -185,6 +186,7 @@ class VllmEngine(Engine):
             device=torch.device("cpu"),
             dictionaries=self._dictionaries,
             max_readout_bytes=self._limits.max_readout_bytes,
+            scores=False,
         )
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -340,7 +342,8 @@ class VllmEngine(Engine):
         check.check_tokens(prompt, max_tokens=request.max_tokens, field="input")
         self._gate.check()
         n_fed = len(prompt) + request.max_tokens - 1
-        edits = check.edits(request.interventions, prompt=prompt, n_fed=n_fed)
+        concepts = await look_up(self.concepts, request.interventions, request.readouts)
+        edits = check.edits(request.interventions, prompt=prompt, n_fed=n_fed, concepts=concepts)
         readouts = check.readouts(request.readouts, prompt=prompt, n_fed=n_fed)
         check.check_bytes(readouts, n_fed=n_fed, field="readouts")
         events: list[GenerationEvent] = []
@@ -407,7 +410,8 @@ class VllmEngine(Engine):
                 remedy="ask for fewer alternatives",
             )
         self._gate.check()
-        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens))
+        concepts = await look_up(self.concepts, request.interventions)
+        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens), concepts=concepts)
         prepared = self._prepared(tokens, edits, ())
         params = forward_params(prepared.extra, prompt_logprobs=request.top_k, recompute_prompt=True)
         async with self._opened(tokens, prepared, params) as opened:
@@ -426,9 +430,10 @@ class VllmEngine(Engine):
         """Each input as it is done; see `Engine`."""
         self._check_open()
         self._gate.check()
+        concepts = await look_up(self.concepts, request.interventions)
         # Thousands of inputs, each with its own checks: not on the event loop.
         checked = await asyncio.to_thread(
-            lambda: [self._checked_input(request, index) for index in range(len(request.inputs))]
+            lambda: [self._checked_input(request, index, concepts) for index in range(len(request.inputs))]
         )
 
         async def compute(index: int) -> ExtractedInput:
@@ -450,11 +455,11 @@ class VllmEngine(Engine):
                 yield extracted
 
     def _checked_input(
-        self, request: ExtractionRequest, index: int
+        self, request: ExtractionRequest, index: int, concepts: Concepts
     ) -> tuple[tuple[PreparedIntervention, ...], tuple[PreparedReadout, ...]]:
         tokens, check = request.inputs[index], self._preparation
         check.check_tokens(tokens, max_tokens=0, field=f"inputs[{index}]")
-        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens))
+        edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens), concepts=concepts)
         readouts = check.extraction(request.hook_points, request.positions, request.dtype, prompt=tokens)
         check.check_bytes(readouts, n_fed=len(tokens), field="hook_points")
         return edits, readouts
