@@ -99,29 +99,16 @@ def in_place(
         FailedPrecondition: a direction of another width than the hook point, or directions of different hook points and
             none given.
     """
-    used: list[HeldDirection] = []
-
-    def vector(direction: Direction) -> FloatArray:
-        if not isinstance(direction, NamedDirection):
-            return direction
-        held = concepts.directions[direction.name]
-        used.append(held)
-        return held.vector
-
-    edit = intervention.edit
-    match edit:
-        case AddVector() | AblateDirection() | CapProjection():
-            edit = replace(edit, vector=vector(edit.vector))
-        case Rotate():
-            edit = replace(edit, first=vector(edit.first), second=vector(edit.second))
-        case _:
-            pass
+    used = [
+        concepts.directions[direction.name]
+        for _, direction in _directions(intervention)
+        if isinstance(direction, NamedDirection)
+    ]
     if not used:
         return intervention, ()
-    hook_point = intervention.hook_point or used[0].hook_point
-    point = table.resolve(hook_point, field=f"{field}.hook_point")
+    point = table.resolve(intervention.hook_point or used[0].hook_point, field=f"{field}.hook_point")
     for held in used:
-        if held.vector.shape != (point.width,):
+        if held.at(point.name).shape != (point.width,):
             raise _mismatch(
                 f"{held.name} has {held.vector.size} elements, {point.name} has {point.width}",
                 f"{field}.hook_point",
@@ -135,20 +122,34 @@ def in_place(
                 held.name,
                 "name the hook point to edit",
             )
+
+    def vector(direction: Direction) -> FloatArray:
+        if isinstance(direction, NamedDirection):
+            return concepts.directions[direction.name].at(point.name)
+        return direction
+
+    edit = intervention.edit
+    match edit:
+        case AddVector() | AblateDirection() | CapProjection():
+            edit = replace(edit, vector=vector(edit.vector))
+        case Rotate():
+            edit = replace(edit, first=vector(edit.first), second=vector(edit.second))
+        case _:
+            raise AssertionError(f"{edit.kind} takes no direction")
     return replace(intervention, hook_point=point.name, edit=edit), tuple(held.name for held in used)
 
 
 class DeviceProbes:
-    """Probes on the model's device in float32. One held is copied once, and found again for as long as it is held."""
+    """Probes on the model's device in float32, each copied once for all the requests that hold it."""
 
     def __init__(self, table: HookTable, device: torch.device) -> None:
         self._table, self._device = table, device
-        self._copies: weakref.WeakKeyDictionary[HeldProbe, ServedProbe] = weakref.WeakKeyDictionary()
+        self._copies: weakref.WeakValueDictionary[str, ServedProbe] = weakref.WeakValueDictionary()
 
     def of(self, held: HeldProbe) -> ServedProbe:
-        """The device's copy."""
-        copy = self._copies.get(held)
-        return copy or self._copies.setdefault(held, held.probe.to(self._device))
+        """The device's copy, the same for all requests that hold it."""
+        copy = self._copies.get(held.content_hash)
+        return copy or self._copies.setdefault(held.content_hash, held.probe.to(self._device))
 
     def points(self, held: HeldProbe, field: str) -> tuple[HookPoint, ...]:
         """The model's hook points that it reads.
@@ -180,6 +181,4 @@ class DeviceProbes:
 
 
 def _mismatch(message: str, field: str, name: str, remedy: str) -> FailedPrecondition:
-    return FailedPrecondition(
-        message, reason=reasons.CONCEPT_MISMATCH, field=field, value=name, remedy=remedy
-    )
+    return FailedPrecondition(message, reason=reasons.MODEL_MISMATCH, field=field, value=name, remedy=remedy)
