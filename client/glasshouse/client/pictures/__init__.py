@@ -1,10 +1,28 @@
-"""Pictures of what the server found: pages of one file that need no network, and images.
+"""Pictures of what the server found: pages of one file that need no network, images, and text on a terminal.
 
-`graph_page` needs nothing beyond the client; images need `glasshouse[plot]`.
+Pages and text need nothing beyond the client; images need `glasshouse[plot]`.
 """
 
 from __future__ import annotations
 
+from glasshouse.client.pictures.circuit import CircuitDiagram, circuit_diagram
+from glasshouse.client.pictures.figure import draw, save_figure
 from glasshouse.client.pictures.graph_page import FeatureNote, graph_page
+from glasshouse.client.pictures.parts import Bars, HeatMap, Part, TokenText
+from glasshouse.client.pictures.report_page import report_page
+from glasshouse.client.pictures.terminal import render
 
-__all__ = ["FeatureNote", "graph_page"]
+__all__ = [
+    "Bars",
+    "CircuitDiagram",
+    "FeatureNote",
+    "HeatMap",
+    "Part",
+    "TokenText",
+    "circuit_diagram",
+    "draw",
+    "graph_page",
+    "render",
+    "report_page",
+    "save_figure",
+]
