@@ -195,7 +195,7 @@ def test_influence_pruning_and_scores_by_hand() -> None:
         edges, weights, is_token=torch.tensor([False] * 3 + [True, False]), is_error=masks["is_error"]
     )
     assert scores.replacement == pytest.approx(0.75)
-    assert scores.completeness == pytest.approx((0.375 + 0.5) / (0.375 + 0.125 + 0.5))
+    assert scores.completeness == pytest.approx(1 - 0.125 / 1.5)
     found = prune(edges, weights, **masks, node_threshold=0.7, edge_threshold=1.0)
     assert found.nodes.tolist() == [True, False, False, True, True]
     assert found.edges.tolist() == [True, False, True, False]

@@ -10,7 +10,8 @@ Edges are parallel arrays (targets, sources, weights); the graph is acyclic.
 5. Until nothing changes: features and errors without an outgoing edge go, and features without an incoming one.
 
 replacement score = influence(tokens) / (influence(tokens) + influence(errors)): how much of the graph runs through
-features from end to end. completeness = sum_t (1 - incoming error share(t)) (influence + w)(t) / sum_t (influence + w)(t).
+features from end to end. completeness = sum_t (1 - incoming error share(t)) (influence + w)(t) / sum_t (influence + w)(t),
+over all nodes: those without incoming edges, errors too, count as explained.
 """
 
 from __future__ import annotations
@@ -170,9 +171,8 @@ def graph_scores(edges: Edges, weights: Tensor, *, is_token: Tensor, is_error: T
     tokens, errors = float(influence[is_token].sum()), float(influence[is_error].sum())
     from_errors = edges.share_from(is_error)
     importance = influence + weights
-    has_input = _marked(is_error, edges.targets)
-    whole = float(importance[has_input].sum())
-    explained = float(((1 - from_errors) * importance)[has_input].sum())
+    whole = float(importance.sum())
+    explained = float(((1 - from_errors) * importance).sum())
     return Scores(
         replacement=tokens / (tokens + errors) if tokens + errors else float("nan"),
         completeness=explained / whole if whole else float("nan"),
