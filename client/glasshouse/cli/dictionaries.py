@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,9 +23,10 @@ from glasshouse.cli.options import (
     connect,
 )
 from glasshouse.cli.output import write_json, write_table
+from glasshouse.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from glasshouse.client import FeatureInfo, LogitEffects, OperationProgress
+    from glasshouse.client import FeatureInfo, LogitEffects
 
 
 def dictionaries(
@@ -120,7 +118,7 @@ def evaluate_dictionary(
     with connect(target, api_key, tls, tls_ca, timeout) as client:
         operation = client.model(model).dictionary(name).evaluate(inputs, max_tokens=max_tokens)
         try:
-            with _progress_bar(name) as advance:
+            with progress_bar(name) as advance:
                 found = operation.result(on_progress=advance)
         except KeyboardInterrupt:
             operation.cancel()
@@ -167,20 +165,3 @@ def _effects(effects: LogitEffects | None) -> list[list[str]]:
     if effects is None:
         return [[], []]
     return [[repr(token) for token in effects.tokens], [f"{logit:+.3f}" for logit in effects.logits]]
-
-
-@contextmanager
-def _progress_bar(name: str) -> Iterator[Callable[[OperationProgress], object] | None]:
-    """A bar on standard error where that is a terminal; what is yielded takes each progress."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{name}: queued", total=1.0)
-        yield lambda progress: bar.update(
-            task, completed=progress.fraction, description=f"{name}: {progress.phase}"
-        )

@@ -13,7 +13,7 @@ import typer
 
 def write_json(value: Any) -> None:
     """One line of JSON, flushed. NaN and infinities, which JSON lacks, become null."""
-    typer.echo(json.dumps(_plain(value), ensure_ascii=False, allow_nan=False))
+    typer.echo(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
     sys.stdout.flush()
 
 
@@ -35,14 +35,14 @@ def write_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     Console().print(table)
 
 
-def _plain(value: Any) -> Any:
-    """Numpy and non-finite numbers as JSON has them."""
+def plain(value: Any) -> Any:
+    """A value with numpy and non-finite numbers as JSON has them."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value

@@ -164,7 +164,7 @@ function drawItem(pen, item, alpha) {
     pen.fillStyle = item.kind === FEATURE ? mix(colours.weak, colours.feature, item.strength) : item.kind === ERROR ? colours.panel : colours.soft;
     pen.fill();
     pen.lineWidth = item.kind === ERROR ? 1.3 : 1;
-    pen.strokeStyle = item.kind === ERROR ? mix(colours.line, colours.error, 0.35 + 0.65 * item.strength) : item.kind === FEATURE ? colours.feature : colours.soft;
+    pen.strokeStyle = item.kind === ERROR ? mix(colours.line, colours.error, 0.6 + 0.4 * item.strength) : item.kind === FEATURE ? colours.feature : colours.soft;
     pen.stroke();
   }
   if (!item.box && isPinned(item.members[0])) ring(pen, item, 1.6, group === undefined ? colours.ink : groupColour(group), 2.2);

@@ -117,7 +117,7 @@ function list(rows, peak, format, side) {
 }
 function entry({ node, weight, share }, peak, format, side) {
   const item = make("li"), button = make("button");
-  const meter = make("span", "meter"), bar = make("i", weight < 0 ? "down" : "up");
+  const meter = make("span", "meter"), bar = make("i", side ? (weight < 0 ? "down" : "up") : "level");
   bar.style.width = 100 * Math.abs(weight) / peak + "%";
   meter.append(bar);
   button.append(glyph(node), make("span", "name", label(node)), make("span", "where", whereabouts(node)), make("span", "value", format(weight)), meter);

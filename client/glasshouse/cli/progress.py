@@ -1,0 +1,28 @@
+"""How far long work has come, beside what a command prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from glasshouse.client import OperationProgress
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[OperationProgress], object] | None]:
+    """A bar on standard error where that is a terminal; what is yielded takes each progress of an operation."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{name}: queued", total=1.0)
+        yield lambda progress: bar.update(
+            task, completed=progress.fraction, description=f"{name}: {progress.phase}"
+        )
