@@ -81,7 +81,7 @@ function prune(nodeThreshold, edgeThreshold) {
 /** Replacement and completeness of the graph with the kept edges. */
 function scoresOf(keep) {
   const { n, sources, targets, kind, start } = graph, { shares, influence } = influences(keep);
-  const fromErrors = new Float64Array(n), heard = new Uint8Array(n);
+  const fromErrors = new Float64Array(n);
   let tokens = 0, errors = 0, all = 0, explained = 0;
   for (let i = 0; i < n; i++) {
     if (kind[i] === TOKEN) tokens += influence[i];
@@ -89,11 +89,9 @@ function scoresOf(keep) {
   }
   for (let e = 0; e < graph.m; e++) {
     if (keep && !keep[e]) continue;
-    heard[targets[e]] = 1;
     if (kind[sources[e]] === ERROR) fromErrors[targets[e]] += shares[e];
   }
   for (let i = 0; i < n; i++) {
-    if (!heard[i]) continue;
     all += influence[i] + start[i];
     explained += (1 - fromErrors[i]) * (influence[i] + start[i]);
   }
