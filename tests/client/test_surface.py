@@ -27,9 +27,21 @@ BEYOND = {
     "FeatureTable", "LogitEffects", "NearestFeature", "Operation", "OperationProgress", "ablate_feature",
 }  # fmt: skip
 
+ATTRIBUTION = {
+    "AsyncGraphOperation", "AsyncPatchSweep", "AttributionEstimate", "AttributionGraph",
+    "AttributionPatchResult", "AttributionProgress", "Circuit", "DictionaryAttribution",
+    "DirectAttribution", "FeatureAttribution", "FeatureConnection", "FeatureConnections",
+    "FeatureContributions", "FeatureIntervention", "FeatureSetting", "GraphInfo", "GraphLogit",
+    "GraphNode", "GraphOperation", "GraphScores", "HeldFixed", "LogitChange", "Mediation", "MediationGrid",
+    "Metric", "PatchGrid", "PatchNode", "PatchResult", "PatchSweep", "PatchSweepResult", "Supernode",
+    "SweepAxes", "SweepGrid", "TokenAttribution", "Verification", "direction_value", "feature_grid",
+    "feature_setting", "feature_value", "kl_divergence", "likeliest", "log_probability",
+    "logit_difference", "patch_grid", "patch_node", "probability", "probe_value",
+}  # fmt: skip
+
 
 def test_exported_names() -> None:
-    assert set(sdk.__all__) == CONTRACT | BEYOND
+    assert set(sdk.__all__) == CONTRACT | BEYOND | ATTRIBUTION
     assert sdk.__all__ == sorted(sdk.__all__)
     assert all(hasattr(sdk, name) for name in sdk.__all__)
     assert sdk.all is sdk.positions.all, "exported, but a star import keeps the builtin"

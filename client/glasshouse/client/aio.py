@@ -12,6 +12,7 @@ from typing import Any, overload
 
 from glasshouse.client import calls
 from glasshouse.client.aio_transport import AsyncMessageStream, AsyncTransport
+from glasshouse.client.attribution.aio import AsyncClientAttribution, AsyncModelAttribution
 from glasshouse.client.connection import TLSConfig, connection
 from glasshouse.client.dictionaries import calls as dictionary_calls
 from glasshouse.client.dictionaries.aio import AsyncDictionary
@@ -36,7 +37,7 @@ from glasshouse.client.results import (
 )
 
 
-class AsyncClient:
+class AsyncClient(AsyncClientAttribution):
     """`Client` for asyncio: the same names and arguments, awaited. Belongs to the event loop of its first
     call."""
 
@@ -81,7 +82,7 @@ class AsyncClient:
         return AsyncModel(self._transport, await self._transport.unary(calls.get_model(name), timeout))
 
 
-class AsyncModel:
+class AsyncModel(AsyncModelAttribution):
     """A served model. Made by `await AsyncClient.model()`."""
 
     def __init__(self, transport: AsyncTransport, info: ModelInfo) -> None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import overload
 
 from glasshouse.client import calls
+from glasshouse.client.attribution.sync import ClientAttribution, ModelAttribution
 from glasshouse.client.connection import TLSConfig, connection
 from glasshouse.client.dictionaries import calls as dictionary_calls
 from glasshouse.client.dictionaries.sync import Dictionary
@@ -33,7 +34,7 @@ from glasshouse.client.results import (
 from glasshouse.client.sync_transport import MessageStream, Transport
 
 
-class Client:
+class Client(ClientAttribution):
     """A server's models. Cheap to make; connects when first used; safe to share between threads.
 
     `timeout` is the deadline of each call in seconds, a whole generation included; every method takes its
@@ -85,7 +86,7 @@ class Client:
         return Model(self._transport, self._transport.unary(calls.get_model(name), timeout))
 
 
-class Model:
+class Model(ModelAttribution):
     """A served model. Made by `Client.model`."""
 
     def __init__(self, transport: Transport, info: ModelInfo) -> None:
