@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from typer.main import get_command
 
 from glasshouse.cli.main import app
@@ -25,13 +27,38 @@ SURFACE = {
     "activations": CONNECTION
     | {"[TEXT]...", "--model", "--file", "--hook-point", "--output", "-o", "--positions", "--dtype"},
     "score": CONNECTION | EDITS | {"TEXT", "--model", "--top-k"},
+    "directions compute": CONNECTION
+    | {"FILE", "--model", "--method", "--hook-point", "--positive", "--pooling", "--positions", "--held-out"}
+    | {"--seed", "--name", "--next-version", "--best-only", "--description", "--plot", "--output", "-o"},
+    "directions list": CONNECTION | {"--model", "--prefix", "--every-version"},
+    "directions get": CONNECTION | {"NAME", "--model", "--plot", "--output", "-o"},
+    "directions delete": CONNECTION | {"NAME", "--model"},
+    "probes train": CONNECTION
+    | {"FILE", "--model", "--hook-point", "--best", "--kind", "--positive", "--pooling", "--positions"}
+    | {"--calibration", "--fpr", "--held-out", "--seed", "--name", "--next-version", "--description"},
+    "probes list": CONNECTION | {"--model", "--prefix", "--every-version"},
+    "probes get": CONNECTION | {"NAME", "--model"},
+    "probes score": CONNECTION | {"NAME", "TEXT...", "--model", "--file", "--every-position"},
+    "probes delete": CONNECTION | {"NAME", "--model"},
     "version": {"--json"},
     "serve": {"[OPTIONS]"},
 }
 
 
+def every_command() -> dict[str, Any]:
+    """Commands by name; those of a group after its name."""
+    found: dict[str, Any] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        if inner is None:
+            found[name] = command
+        else:
+            found |= {f"{name} {each}": value for each, value in inner.items()}
+    return found
+
+
 def test_commands_and_options() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = every_command()
     found = {}
     for name, command in commands.items():
         found[name] = set()
@@ -44,7 +71,7 @@ def test_commands_and_options() -> None:
 
 
 def test_environment() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = every_command()
     for name in SURFACE.keys() - {"version", "serve"}:
         variables = {parameter.name: parameter.envvar for parameter in commands[name].params}
         assert variables["target"] == "GLASSHOUSE_TARGET" and variables["api_key"] == "GLASSHOUSE_API_KEY"

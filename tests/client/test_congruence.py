@@ -14,11 +14,15 @@ from glasshouse.client import (
     Activations,
     AsyncClient,
     AsyncDictionary,
+    AsyncDirection,
     AsyncOperation,
+    AsyncProbe,
     Client,
     Dictionary,
+    Direction,
     GlasshouseError,
     Operation,
+    Probe,
     ablate_feature,
     add_vector,
     aio,
@@ -30,6 +34,7 @@ from glasshouse.client import (
     set_feature,
     sync,
 )
+from glasshouse.client.concepts.views import DirectionView, ProbeView
 from glasshouse.client.testing import FakeServer
 
 HOOK = "blocks.0.hook_resid_post"
@@ -71,6 +76,19 @@ CALLS: dict[str, Callable[[Any, Any], Any]] = {
         interventions=[set_feature("resid-post-1", [3, 4], 2.0), ablate_feature("resid-post-0", 1)],
         readouts=[read_features("resid-post-1", top_k=3), read_features("resid-post-1", features=[0, 3])],
     ).result(),
+    "compute_directions": lambda client, model: _result(
+        model.compute_directions({"no": ["a", "b"], "yes": ["c", "d"]}, hook_points=HOOK)
+    ),
+    "no such direction": lambda client, model: model.direction("nope"),
+    "create_direction": lambda client, model: model.create_direction("raw", {"nope": [1.0] * 8}),
+    "train_probe": lambda client, model: _result(
+        model.train_probe([("a", "x"), ("b", "y")], hook_points=[HOOK], best=True)
+    ),
+    "directions": lambda client, model: model.directions(),
+    "probes": lambda client, model: model.probes(prefix="m"),
+    "no such probe": lambda client, model: model.probe("nope"),
+    "one class only": lambda client, model: model.train_probe([("a", "x")], hook_points=HOOK),
+    "not examples": lambda client, model: model.train_probe(["a"], hook_points=HOOK),
     "no such dictionary": lambda client, model: model.dictionary("resid-post"),
     "no such model": lambda client, model: client.model("nope"),
     "no such hook point": lambda client, model: model.activations("a", hook_points="nope"),
@@ -92,13 +110,34 @@ DICTIONARY_CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+PROBE_CALLS: dict[str, Callable[[Any], Any]] = {
+    "score": lambda probe: probe.score("hello"),
+    "score many": lambda probe: probe.score(
+        ["a", [7, 8], "bc"], every_position=True, positions=slice(1, None)
+    ),
+    "delete": lambda probe: probe.delete(),
+    "score nothing": lambda probe: probe.score([]),
+}
+
+
+def _result(operation: Any) -> Any:
+    """The result of an operation, or what awaits to it."""
+    if not inspect.isawaitable(operation):
+        return operation.result()
+
+    async def wait() -> Any:
+        return await (await operation).result()
+
+    return wait()
+
+
 def plain(value: Any) -> Any:
     """A result as something that compares: arrays by their bits, request ids and clocks left out."""
     if isinstance(value, Exception):
         return type(value), plain({key: v for key, v in vars(value).items() if key != "request_id"})
     if isinstance(value, Activations):
         return plain([dict(value), value.token_ids, value.tokens, value.positions, value.receipt])
-    if isinstance(value, (Dictionary, AsyncDictionary)):
+    if isinstance(value, (Dictionary, AsyncDictionary, DirectionView, ProbeView)):
         return plain(value.info)
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
@@ -150,6 +189,27 @@ async def test_same_call_same_outcome_on_a_dictionary(call: Callable[[Any], Any]
     assert plain(outcomes[0]) == plain(outcomes[1])
 
 
+@pytest.mark.parametrize("call", PROBE_CALLS.values(), ids=list(PROBE_CALLS))
+async def test_same_call_same_outcome_on_a_probe(call: Callable[[Any], Any]) -> None:
+    outcomes = []
+    examples = {"no": ["a", "b"], "yes": ["c", "d"]}
+    for _ in range(2):
+        with FakeServer() as server:
+            try:
+                if not outcomes:
+                    with Client(server.target) as client:
+                        operation = client.model().train_probe(examples, hook_points=HOOK, name="p")
+                        outcomes.append(call(operation.result()))
+                else:
+                    async with AsyncClient(server.target) as async_client:
+                        model = await async_client.model()
+                        started = await model.train_probe(examples, hook_points=HOOK, name="p")
+                        outcomes.append(await call(await started.result()))
+            except GlasshouseError as error:
+                outcomes.append(error)
+    assert plain(outcomes[0]) == plain(outcomes[1])
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -157,6 +217,8 @@ async def test_same_call_same_outcome_on_a_dictionary(call: Callable[[Any], Any]
         (sync.Model, aio.AsyncModel),
         (Dictionary, AsyncDictionary),
         (Operation, AsyncOperation),
+        (Direction, AsyncDirection),
+        (Probe, AsyncProbe),
         (sync.GenerationStream, aio.AsyncGenerationStream),
     ],
 )

@@ -18,6 +18,9 @@ CONTRACT = {
     "UnavailableError", "DeadlineExceededError", "CancelledError",
 }  # fmt: skip
 BEYOND = {
+    "AlreadyExistsError", "AsyncDirection", "AsyncProbe", "Direction", "DirectionAt", "DirectionInfo", "Discrimination",
+    "Example", "FeatureLabel", "FeatureLabelsInfo", "Interval", "OperatingPoint", "Pair", "Probe", "ProbeCandidate",
+    "ProbeColumnReport", "ProbeInfo", "ProbeReport", "ProbeScores", "ProbeWeights", "Provenance", "SplitSummary",
     "Activations", "AsyncGenerationStream", "AsyncModel", "ChatMessage", "GeneratedToken", "GenerationResult",
     "GenerationStream", "HookPointInfo", "Intervention", "InterventionReceipt", "LensReadout", "Model",
     "ModelInfo", "Positions", "Progress", "PromptReadouts", "Readout", "RenderedChat", "Score", "TLSConfig",

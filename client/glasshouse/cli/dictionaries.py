@@ -23,7 +23,7 @@ from glasshouse.cli.options import (
     connect,
 )
 from glasshouse.cli.output import write_json, write_table
-from glasshouse.cli.progress import progress_bar
+from glasshouse.cli.progress import watched
 
 if TYPE_CHECKING:
     from glasshouse.client import FeatureInfo, LogitEffects
@@ -117,12 +117,7 @@ def evaluate_dictionary(
     inputs = lines_of(file) if file is not None else None
     with connect(target, api_key, tls, tls_ca, timeout) as client:
         operation = client.model(model).dictionary(name).evaluate(inputs, max_tokens=max_tokens)
-        try:
-            with progress_bar(name) as advance:
-                found = operation.result(on_progress=advance)
-        except KeyboardInterrupt:
-            operation.cancel()
-            raise
+        found = watched(operation, name)
     if json:
         write_json({"dictionary": name, "tokens": found.tokens, "metrics": dict(found.metrics)})
         return

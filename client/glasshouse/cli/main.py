@@ -11,7 +11,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from glasshouse.cli import activations, dictionaries, features, generate, models, score, serve, version
+from glasshouse.cli import (
+    activations,
+    dictionaries,
+    directions,
+    features,
+    generate,
+    models,
+    probes,
+    score,
+    serve,
+    version,
+)
 
 
 class Commands(TyperGroup):
@@ -53,6 +64,8 @@ app.command("dictionaries")(dictionaries.dictionaries)
 app.command("features")(features.features)
 app.command("feature")(dictionaries.feature)
 app.command("evaluate-dictionary")(dictionaries.evaluate_dictionary)
+app.add_typer(directions.app, name="directions")
+app.add_typer(probes.app, name="probes")
 app.command("version")(version.version)
 app.command("serve", context_settings=serve.UNTOUCHED)(serve.serve)
 

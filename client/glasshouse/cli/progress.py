@@ -5,10 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from glasshouse.client import OperationProgress
+    from glasshouse.client import Operation, OperationProgress
+
+T = TypeVar("T")
+
+
+def watched(operation: Operation[T], name: str) -> T:
+    """The operation's result, its progress shown meanwhile. Interrupting cancels it at the server."""
+    try:
+        with progress_bar(name) as advance:
+            return operation.result(on_progress=advance)
+    except KeyboardInterrupt:
+        operation.cancel()
+        raise
 
 
 @contextmanager

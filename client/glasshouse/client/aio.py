@@ -13,6 +13,7 @@ from typing import Any, overload
 from glasshouse.client import calls
 from glasshouse.client.aio_transport import AsyncMessageStream, AsyncTransport
 from glasshouse.client.attribution.aio import AsyncClientAttribution, AsyncModelAttribution
+from glasshouse.client.concepts.aio import AsyncConceptMethods
 from glasshouse.client.connection import TLSConfig, connection
 from glasshouse.client.dictionaries import calls as dictionary_calls
 from glasshouse.client.dictionaries.aio import AsyncDictionary
@@ -82,7 +83,7 @@ class AsyncClient(AsyncClientAttribution):
         return AsyncModel(self._transport, await self._transport.unary(calls.get_model(name), timeout))
 
 
-class AsyncModel(AsyncModelAttribution):
+class AsyncModel(AsyncConceptMethods, AsyncModelAttribution):
     """A served model. Made by `await AsyncClient.model()`."""
 
     def __init__(self, transport: AsyncTransport, info: ModelInfo) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from glasshouse.client.calls import StreamCall, UnaryCall
+from glasshouse.client.calls import StreamCall, UnaryCall, UploadCall
 from glasshouse.client.connection import Connection, new_request_id
 from glasshouse.client.health import CHECK, WHOLE_SERVER, Readiness
 from glasshouse.client.parsers import Page
@@ -32,14 +32,22 @@ class AsyncTransport(BaseTransport):
 
     async def unary(self, call: UnaryCall[T], timeout: float | None) -> T:
         """Calls, with retries; the parsed response."""
+        method = self.callable(call.method, self._channel().unary_unary)
+        return call.parse(await self._answer(method, lambda: call.request, timeout))
+
+    async def upload(self, call: UploadCall[T], timeout: float | None) -> T:
+        """Sends the messages of a request, with retries; the parsed response."""
+        method = self.callable(call.method, self._channel().stream_unary)
+        return call.parse(await self._answer(method, lambda: iter(call.requests), timeout))
+
+    async def _answer(self, method: Any, request: Callable[[], Any], timeout: float | None) -> Any:
         timeout_s = self.timeout_s(timeout)
         attempts = Attempts(timeout_s, self.connection.max_attempts)
         request_id = new_request_id()
-        method = self.callable(call.method, self._channel().unary_unary)
         while True:
             try:
-                response = await method(
-                    call.request,
+                return await method(
+                    request(),
                     timeout=attempts.remaining_s(),
                     metadata=self.connection.metadata(request_id),
                 )
@@ -49,8 +57,6 @@ class AsyncTransport(BaseTransport):
                 if delay_s is None:
                     raise error from None
                 await asyncio.sleep(delay_s)
-            else:
-                return call.parse(response)
 
     async def items(
         self, page: Callable[[str], UnaryCall[Page[T]]], timeout: float | None

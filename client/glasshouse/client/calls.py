@@ -39,6 +39,15 @@ class UnaryCall(Generic[T]):
 
 
 @dataclass(frozen=True)
+class UploadCall(Generic[T]):
+    """A request in several messages, with one response."""
+
+    method: Method
+    requests: Sequence[Message]
+    parse: Callable[[Any], T]
+
+
+@dataclass(frozen=True)
 class StreamCall:
     """A request with a stream of responses."""
 

@@ -5,6 +5,7 @@
     GlasshouseError                  also INTERNAL, UNKNOWN and any code not below
     ├── InvalidArgumentError         a field of the request is wrong (also a ValueError)
     ├── NotFoundError                no such model, hook point, ...; `.closest` are the nearest names
+    ├── AlreadyExistsError           a name and version are taken; `.next_version` is free
     ├── FailedPreconditionError      a fine request that this server or model cannot serve
     ├── ResourceExhaustedError       a bound is reached; `.retry_after_s` where waiting helps
     ├── UnauthenticatedError         no valid key came with the request
@@ -86,6 +87,18 @@ class NotFoundError(GlasshouseError):
         return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
+class AlreadyExistsError(GlasshouseError):
+    """A name and version are taken by something else."""
+
+    CODE = "ALREADY_EXISTS"
+
+    @property
+    def next_version(self) -> int | None:
+        """The version that is free; None where the name itself is taken."""
+        found = self.metadata.get("next_version", "")
+        return int(found) if found.isdigit() else None
+
+
 class FailedPreconditionError(GlasshouseError):
     """The request is well formed but this server or model cannot serve it."""
 
@@ -133,6 +146,7 @@ BY_CODE: dict[str, type[GlasshouseError]] = {
     for error in (
         InvalidArgumentError,
         NotFoundError,
+        AlreadyExistsError,
         FailedPreconditionError,
         ResourceExhaustedError,
         UnauthenticatedError,

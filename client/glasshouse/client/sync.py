@@ -9,6 +9,7 @@ from typing import overload
 
 from glasshouse.client import calls
 from glasshouse.client.attribution.sync import ClientAttribution, ModelAttribution
+from glasshouse.client.concepts.sync import ConceptMethods
 from glasshouse.client.connection import TLSConfig, connection
 from glasshouse.client.dictionaries import calls as dictionary_calls
 from glasshouse.client.dictionaries.sync import Dictionary
@@ -86,7 +87,7 @@ class Client(ClientAttribution):
         return Model(self._transport, self._transport.unary(calls.get_model(name), timeout))
 
 
-class Model(ModelAttribution):
+class Model(ConceptMethods, ModelAttribution):
     """A served model. Made by `Client.model`."""
 
     def __init__(self, transport: Transport, info: ModelInfo) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from glasshouse.client.calls import StreamCall, UnaryCall
+from glasshouse.client.calls import StreamCall, UnaryCall, UploadCall
 from glasshouse.client.connection import Connection, new_request_id
 from glasshouse.client.health import CHECK, WHOLE_SERVER, Readiness
 from glasshouse.client.parsers import Page
@@ -36,14 +36,22 @@ class Transport(BaseTransport):
 
     def unary(self, call: UnaryCall[T], timeout: float | None) -> T:
         """Calls, with retries; the parsed response."""
+        method = self.callable(call.method, self._channel.unary_unary)
+        return call.parse(self._answer(method, lambda: call.request, timeout))
+
+    def upload(self, call: UploadCall[T], timeout: float | None) -> T:
+        """Sends the messages of a request, with retries; the parsed response."""
+        method = self.callable(call.method, self._channel.stream_unary)
+        return call.parse(self._answer(method, lambda: iter(call.requests), timeout))
+
+    def _answer(self, method: Any, request: Callable[[], Any], timeout: float | None) -> Any:
         timeout_s = self.timeout_s(timeout)
         attempts = Attempts(timeout_s, self.connection.max_attempts)
         request_id = new_request_id()
-        method = self.callable(call.method, self._channel.unary_unary)
         while True:
             try:
-                response = method(
-                    call.request,
+                return method(
+                    request(),
                     timeout=attempts.remaining_s(),
                     metadata=self.connection.metadata(request_id),
                 )
@@ -53,8 +61,6 @@ class Transport(BaseTransport):
                 if delay_s is None:
                     raise error from None
                 time.sleep(delay_s)
-            else:
-                return call.parse(response)
 
     def items(self, page: Callable[[str], UnaryCall[Page[T]]], timeout: float | None) -> Iterator[T]:
         """The items of every page, each page fetched when the one before is used up."""

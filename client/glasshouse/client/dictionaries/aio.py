@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import SupportsIndex, overload
 
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from glasshouse.client.aio_operation import AsyncOperation
 from glasshouse.client.aio_transport import AsyncTransport
 from glasshouse.client.arrays import VectorLike
+from glasshouse.client.concepts import calls as concept_calls
+from glasshouse.client.concepts.builders import publication
+from glasshouse.client.concepts.values import FeatureLabel, FeatureLabelsInfo
 from glasshouse.client.dictionaries import calls
 from glasshouse.client.dictionaries.values import (
     DictionaryEvaluation,
@@ -145,6 +148,40 @@ class AsyncDictionary:
         most `max_tokens` tokens (0: the server's default)."""
         call = calls.evaluate(self.resource_name, inputs, max_tokens)
         return AsyncOperation(self._transport, await self._transport.unary(call, timeout))
+
+    async def publish_labels(
+        self,
+        name: str,
+        labels: Mapping[int, str] | Sequence[FeatureLabel],
+        *,
+        method: str = "",
+        version: int | None = None,
+        next_version: bool = False,
+        description: str = "",
+        timeout: float | None = None,
+    ) -> FeatureLabelsInfo:
+        """Publishes what features stand for as a set called `name`; `method` says how that was found. The set that was
+        published last is what `feature()` and `features()` show."""
+        call = concept_calls.create_feature_labels(
+            self.resource_name,
+            labels,
+            method=method,
+            published=publication(name, version, next_version, description),
+        )
+        return await self._transport.unary(call, timeout)
+
+    async def label_sets(self, *, timeout: float | None = None) -> list[FeatureLabelsInfo]:
+        """The sets of labels there are for its features, the latest version of each."""
+        pages = partial(concept_calls.list_feature_labels, self.resource_name)
+        return [item async for item in self._transport.items(pages, timeout)]
+
+    async def labels(
+        self, name: str, *, features: Sequence[int] = (), timeout: float | None = None
+    ) -> list[FeatureLabel]:
+        """The labels of a set, or those of some features."""
+        model = f"models/{self.info.model}"
+        pages = partial(concept_calls.get_feature_labels, model, name, tuple(features))
+        return [item async for item in self._transport.items(pages, timeout)]
 
     async def unload(self, *, timeout: float | None = None) -> None:
         """Unloads it; requests that use it finish. Needs the admin role."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import SupportsIndex, overload
 
@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glasshouse.client.arrays import VectorLike
+from glasshouse.client.concepts import calls as concept_calls
+from glasshouse.client.concepts.builders import publication
+from glasshouse.client.concepts.values import FeatureLabel, FeatureLabelsInfo
 from glasshouse.client.dictionaries import calls
 from glasshouse.client.dictionaries.values import (
     DictionaryEvaluation,
@@ -142,6 +145,40 @@ class Dictionary:
         most `max_tokens` tokens (0: the server's default)."""
         call = calls.evaluate(self.resource_name, inputs, max_tokens)
         return Operation(self._transport, self._transport.unary(call, timeout))
+
+    def publish_labels(
+        self,
+        name: str,
+        labels: Mapping[int, str] | Sequence[FeatureLabel],
+        *,
+        method: str = "",
+        version: int | None = None,
+        next_version: bool = False,
+        description: str = "",
+        timeout: float | None = None,
+    ) -> FeatureLabelsInfo:
+        """Publishes what features stand for as a set called `name`; `method` says how that was found. The set that was
+        published last is what `feature()` and `features()` show."""
+        call = concept_calls.create_feature_labels(
+            self.resource_name,
+            labels,
+            method=method,
+            published=publication(name, version, next_version, description),
+        )
+        return self._transport.unary(call, timeout)
+
+    def label_sets(self, *, timeout: float | None = None) -> list[FeatureLabelsInfo]:
+        """The sets of labels there are for its features, the latest version of each."""
+        pages = partial(concept_calls.list_feature_labels, self.resource_name)
+        return list(self._transport.items(pages, timeout))
+
+    def labels(
+        self, name: str, *, features: Sequence[int] = (), timeout: float | None = None
+    ) -> list[FeatureLabel]:
+        """The labels of a set, or those of some features."""
+        model = f"models/{self.info.model}"
+        pages = partial(concept_calls.get_feature_labels, model, name, tuple(features))
+        return list(self._transport.items(pages, timeout))
 
     def unload(self, *, timeout: float | None = None) -> None:
         """Unloads it; requests that use it finish. Needs the admin role."""

@@ -25,6 +25,7 @@ class Failure:
     remedy: str = ""
     closest: tuple[str, ...] = ()
     retry_after_s: float | None = None
+    next_version: str = ""
 
     @property
     def status_code(self) -> grpc.StatusCode:
@@ -40,6 +41,7 @@ class Failure:
             "value": self.value,
             "remedy": self.remedy,
             "closest": ", ".join(self.closest),
+            "next_version": self.next_version,
             "request_id": request_id,
         }
         metadata = {key: value for key, value in named.items() if value}

@@ -8,20 +8,31 @@ from typing import Any, TypeAlias
 
 from google.longrunning import operations_pb2
 
+from glasshouse.client.testing.fake_concept_services import FakeConceptServices
 from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
 from glasshouse.client.testing.fake_operations import FakeOperations
 from glasshouse.client.testing.fake_services import FakeServices
-from glasshouse.v1 import activations_pb2, dictionaries_pb2, generation_pb2, models_pb2
+from glasshouse.v1 import (
+    activations_pb2,
+    dictionaries_pb2,
+    directions_pb2,
+    feature_labels_pb2,
+    generation_pb2,
+    models_pb2,
+    probes_pb2,
+)
 
 
 @dataclass(frozen=True)
 class FakeMethod:
-    """A method. `answer` gives one response, or an iterator of them where it `streams`."""
+    """A method. `answer` gives one response, or an iterator of them where it `streams`. Of one that `takes_stream`, it gets
+    the messages merged into one."""
 
     name: str
     request: Any
     answer: Callable[[Any], Any]
     streams: bool = False
+    takes_stream: bool = False
 
 
 Services: TypeAlias = "list[tuple[str, list[FakeMethod]]]"
@@ -80,6 +91,49 @@ def dictionary_methods(serve: FakeDictionaryServices) -> Services:
                 FakeMethod("EvaluateDictionary", pb.EvaluateDictionaryRequest, serve.evaluate_dictionary),
             ],
         )
+    ]
+
+
+def concept_methods(serve: FakeConceptServices) -> Services:
+    """The services of directions, probes and feature labels."""
+    directions, probes, labels = directions_pb2, probes_pb2, feature_labels_pb2
+    return [
+        (
+            "glasshouse.v1.DirectionService",
+            [
+                FakeMethod(
+                    "ComputeDirections",
+                    directions.ComputeDirectionsRequest,
+                    serve.compute_directions,
+                    takes_stream=True,
+                ),
+                FakeMethod("CreateDirection", directions.CreateDirectionRequest, serve.create_direction),
+                FakeMethod("GetDirection", directions.GetDirectionRequest, serve.get_direction),
+                FakeMethod("ListDirections", directions.ListDirectionsRequest, serve.list_directions),
+                FakeMethod("DeleteDirection", directions.DeleteDirectionRequest, serve.delete_direction),
+            ],
+        ),
+        (
+            "glasshouse.v1.ProbeService",
+            [
+                FakeMethod("TrainProbe", probes.TrainProbeRequest, serve.train_probe, takes_stream=True),
+                FakeMethod("CreateProbe", probes.CreateProbeRequest, serve.create_probe),
+                FakeMethod("GetProbe", probes.GetProbeRequest, serve.get_probe),
+                FakeMethod("ListProbes", probes.ListProbesRequest, serve.list_probes),
+                FakeMethod("DeleteProbe", probes.DeleteProbeRequest, serve.delete_probe),
+                FakeMethod("ScoreProbe", probes.ScoreProbeRequest, serve.score_probe, streams=True),
+            ],
+        ),
+        (
+            "glasshouse.v1.FeatureLabelService",
+            [
+                FakeMethod(
+                    "CreateFeatureLabels", labels.CreateFeatureLabelsRequest, serve.create_feature_labels
+                ),
+                FakeMethod("GetFeatureLabels", labels.GetFeatureLabelsRequest, serve.get_feature_labels),
+                FakeMethod("ListFeatureLabels", labels.ListFeatureLabelsRequest, serve.list_feature_labels),
+            ],
+        ),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,21 @@ from glasshouse.client.testing.failures import Failure, refused
 from glasshouse.v1 import dictionaries_pb2
 from glasshouse.wire import reasons
 
+# Phase, fraction, done and total, as the metadata of an operation.
+Describe = Callable[[str, float, int, int], Any]
+
+
+def _measuring(phase: str, fraction: float, done: int, total: int) -> Any:
+    return dictionaries_pb2.EvaluateDictionaryMetadata(
+        phase=phase, fraction=fraction, tokens_done=done, tokens_total=total
+    )
+
 
 @dataclass
 class _Running:
     total: int
     response: Any
+    describe: Describe
     polls: int = 0
     failure: Failure | None = None
 
@@ -36,12 +47,12 @@ class FakeOperations:
         """The next operation to start ends in this failure."""
         self._planned.append(failure)
 
-    def start(self, total: int, response: Any) -> operations_pb2.Operation:
-        """A new operation over `total` tokens."""
+    def start(self, total: int, response: Any, describe: Describe = _measuring) -> operations_pb2.Operation:
+        """A new operation over `total` tokens or examples."""
         with self._lock:
             name = f"operations/{len(self._operations) + 1}"
             failure = self._planned.pop(0) if self._planned else None
-            self._operations[name] = _Running(total, response, failure=failure)
+            self._operations[name] = _Running(total, response, describe, failure=failure)
             return self._message(name)
 
     def get(self, request: operations_pb2.GetOperationRequest) -> operations_pb2.Operation:
@@ -78,11 +89,11 @@ class FakeOperations:
         done = min(running.polls, self._polls)
         message = operations_pb2.Operation(name=name, done=done == self._polls)
         message.metadata.Pack(
-            dictionaries_pb2.EvaluateDictionaryMetadata(
-                phase="done" if message.done else "measuring" if done else "queued",
-                fraction=done / self._polls,
-                tokens_done=running.total * done // self._polls,
-                tokens_total=running.total,
+            running.describe(
+                "done" if message.done else "measuring" if done else "queued",
+                done / self._polls,
+                running.total * done // self._polls,
+                running.total,
             )
         )
         if message.done and running.failure is not None:

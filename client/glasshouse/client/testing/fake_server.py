@@ -13,8 +13,15 @@ from typing import Any
 import grpc
 
 from glasshouse.client.testing.failures import Failure, RefusedError, refused
+from glasshouse.client.testing.fake_concept_services import FakeConceptServices
 from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
-from glasshouse.client.testing.fake_methods import dictionary_methods, model_methods, operation_methods
+from glasshouse.client.testing.fake_methods import (
+    FakeMethod,
+    concept_methods,
+    dictionary_methods,
+    model_methods,
+    operation_methods,
+)
 from glasshouse.client.testing.fake_model import FakeModel
 from glasshouse.client.testing.fake_operations import FakeOperations
 from glasshouse.client.testing.fake_services import FakeServices
@@ -72,6 +79,7 @@ class FakeServer:
         self._services = FakeServices(models or [FakeModel(reply=reply)], chunk_bytes, tokens_per_event)
         self._operations = FakeOperations(operation_polls)
         self._dictionaries = FakeDictionaryServices(self._services.model, self._operations)
+        self._concepts = FakeConceptServices(self._services.model, self._operations)
         self.token_delay_s = token_delay_s
         self._api_key = api_key
         self._credentials = credentials
@@ -149,24 +157,32 @@ class FakeServer:
         services = (
             *model_methods(self._services),
             *dictionary_methods(self._dictionaries),
+            *concept_methods(self._concepts),
             *operation_methods(self._operations),
         )
         handlers = []
         for service, methods in services:
-            table = {
-                each.name: grpc.unary_stream_rpc_method_handler(
-                    self._stream(each.name, each.answer), each.request.FromString, _serialize
-                )
-                if each.streams
-                else grpc.unary_unary_rpc_method_handler(
-                    self._unary(each.name, each.answer), each.request.FromString, _serialize
-                )
-                for each in methods
-            }
+            table = {each.name: self._handler(each) for each in methods}
             handlers.append(grpc.method_handlers_generic_handler(service, table))
         check = grpc.unary_unary_rpc_method_handler(lambda _, __: _SERVING if self._serving else _NOT_SERVING)
         handlers.append(grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check}))
         return tuple(handlers)
+
+    def _handler(self, method: FakeMethod) -> Any:
+        name, answer, parse = method.name, method.answer, method.request.FromString
+        if method.streams:
+            return grpc.unary_stream_rpc_method_handler(self._stream(name, answer), parse, _serialize)
+        unary = self._unary(name, answer)
+        if not method.takes_stream:
+            return grpc.unary_unary_rpc_method_handler(unary, parse, _serialize)
+
+        def gather(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            whole = method.request()
+            for request in requests:
+                whole.MergeFrom(request)
+            return unary(whole, context)
+
+        return grpc.stream_unary_rpc_method_handler(gather, parse, _serialize)
 
     def _unary(self, method: str, answer: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
         def handle(request: Any, context: grpc.ServicerContext) -> Any:

@@ -1,0 +1,1 @@
+"""Directions and probes: examples in, handles with figures out."""
