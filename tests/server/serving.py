@@ -14,6 +14,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from glasshouse.server.probes.library import ConceptLibrary
 from glasshouse.server.transport.logs import build_logger
 from glasshouse.server.transport.server import Server
 from glasshouse.server.types.configuration import ListenSettings, LogSettings, Settings
@@ -66,7 +67,10 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    *engines: FakeEngine, settings: Settings | None = None, credentials: grpc.ChannelCredentials | None = None
+    *engines: FakeEngine,
+    settings: Settings | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    library: ConceptLibrary | None = None,
 ) -> AsyncIterator[Served]:
     """A server on a free port."""
     settings = settings or Settings()
@@ -75,7 +79,7 @@ async def serving(
     log = io.StringIO()
     server = Server(settings, build_logger(LogSettings(format="json"), log))
     chosen = engines or (FakeEngine(),)
-    await server.start(chosen)
+    await server.start(chosen, library)
     target = str(server.address)
     channel = (
         grpc.aio.secure_channel(target.replace("127.0.0.1", "localhost"), credentials)

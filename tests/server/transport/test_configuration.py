@@ -23,7 +23,7 @@ def sections() -> dict[str, dict[str, Any]]:
     return {
         field.name: dataclasses.asdict(getattr(settings, field.name))
         for field in dataclasses.fields(settings)
-        if field.name != "dictionaries"
+        if field.name not in ("dictionaries", "secrets")
     }
 
 
@@ -75,6 +75,10 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
         ({"log": {"format": "xml"}}, "one of auto, console, json"),
         ({"log": {"level": "loud"}}, "log.level"),
         ({"dictionaries": {"a": 1}}, "dictionaries.a"),
+        ({"secrets": {"a": "hunter2"}}, "secrets.a must say where the secret is found"),
+        ({"secrets": {"a": "env:"}}, "secrets.a must say"),
+        ({"monitors": {"text": "always"}}, "one of caller, never"),
+        ({"monitors": {"webhook_hosts": "x"}}, "a list of strings"),
     ],
 )
 def test_what_is_refused_and_how(tables: dict[str, Any], message: str) -> None:
@@ -126,6 +130,7 @@ def test_the_example_shows_every_setting_with_its_default() -> None:
     text = (DEPLOY / "glasshouse.toml").read_text()
     shown = tomllib.loads(re.sub(r"^#(?=\w+ = |\[)", "", text, flags=re.MULTILINE))
     shown.pop("dictionaries")
+    shown.pop("secrets")
     assert from_tables(tomllib.loads(text)) == Settings()
     assert shown == {
         name: {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -30,8 +30,17 @@ CONTRACT = {
     "glasshouse_queue_depth": ("gauge", set()),
     "glasshouse_interventions_total": ("counter", {"edit"}),
     "glasshouse_readout_bytes_total": ("counter", set()),
-    "glasshouse_probe_score": ("gauge", {"probe"}),
+    "glasshouse_probe_score": ("histogram", {"probe"}),
     "glasshouse_monitor_events_total": ("counter", {"monitor", "action"}),
+    "glasshouse_monitors": ("gauge", {"state"}),
+    "glasshouse_monitor_requests_total": ("counter", {"monitor"}),
+    "glasshouse_monitor_scores_not_finite_total": ("counter", {"monitor"}),
+    "glasshouse_monitor_drift_psi": ("gauge", {"monitor"}),
+    "glasshouse_monitor_drift_ks": ("gauge", {"monitor"}),
+    "glasshouse_monitor_drifted": ("gauge", {"monitor"}),
+    "glasshouse_monitor_webhook_deliveries_total": ("counter", {"monitor", "outcome"}),
+    "glasshouse_monitor_events_dropped_total": ("counter", {"queue"}),
+    "glasshouse_registry_up": ("gauge", set()),
 }
 
 

@@ -18,6 +18,8 @@ from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.probes.concepts import ConceptShelf, ConceptStore
+from glasshouse.server.readouts.score_columns import ColumnSource
+from glasshouse.server.types.conditions import FeatureColumn, ProbeColumn
 from glasshouse.server.types.errors import FailedPrecondition, NotFound
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -28,7 +30,7 @@ from glasshouse.server.types.generation import (
     ScoreResult,
 )
 from glasshouse.server.types.hook_points import HookPoint
-from glasshouse.server.types.interventions import FloatArray
+from glasshouse.server.types.interventions import FloatArray, Intervention
 from glasshouse.server.types.models import ModelInfo
 from glasshouse.wire import reasons
 
@@ -142,6 +144,30 @@ class Engine(ABC):
     @abstractmethod
     def status(self) -> EngineStatus:
         """The engine now."""
+
+    async def score_source(self, column: ProbeColumn | FeatureColumn, *, field: str) -> ColumnSource:
+        """What scores `column` for watches on requests.
+
+        Raises:
+            NotFound: no such probe, dictionary or feature.
+            FailedPrecondition: it cannot be watched on this model, or this engine watches nothing.
+        """
+        raise self._watches_nothing(field)
+
+    async def steering(
+        self, interventions: Sequence[Intervention], *, field: str
+    ) -> tuple[Intervention, ...]:
+        """`interventions` as a watch may steer with them; raises what keeps them from being applied."""
+        raise self._watches_nothing(field)
+
+    def _watches_nothing(self, field: str) -> FailedPrecondition:
+        return FailedPrecondition(
+            f"the {self.info.engine} engine runs no monitors",
+            reason=reasons.CAPABILITY_MISSING,
+            field=field,
+            value=self.info.engine,
+            remedy="serve the model with --engine transformers",
+        )
 
     @abstractmethod
     def generate(

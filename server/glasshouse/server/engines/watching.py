@@ -26,11 +26,14 @@ from glasshouse.server.probes.pooling import RunningPool
 from glasshouse.server.probes.rule_bank import Crossing, Floats, Masks, RuleBank, Slots
 from glasshouse.server.readouts.score_columns import ColumnSource, ScoreColumns, ScorePass
 from glasshouse.server.types.conditions import Abort, MonitorAction, MonitorFlag
+from glasshouse.server.types.errors import ServingError
 from glasshouse.server.types.interventions import Intervention
 from glasshouse.server.types.spans import Span
 
 # Flags that one response carries at most; events go on being counted and reported.
 MAX_FLAGS = 64
+# Scores that wait to be counted.
+MAX_LOGGED = 1 << 20
 # Crossings of one watch that one request reports at most.
 MAX_SIGHTINGS = 32
 
@@ -67,7 +70,7 @@ class Sighting:
 class ScoreLog:
     """Scores as they are made: arrays (rows, M) with masks of those that count. Bounded; says how many it dropped."""
 
-    def __init__(self, max_scores: int = 1 << 20) -> None:
+    def __init__(self, max_scores: int) -> None:
         self._max_scores = max_scores
         self._parts: deque[tuple[Floats, Masks]] = deque()
         self._held = 0
@@ -92,14 +95,26 @@ class ScoreLog:
 
 
 class Roster:
-    """A fixed list of watches. `report` takes sightings, from the engine's thread: it must not block."""
+    """A fixed list of watches. `report` takes sightings, from the engine's thread: it must not block. `on_failure` is told
+    of a watch that can no longer do what it is for, on the event loop.
+    """
 
-    def __init__(self, watches: Sequence[Watch], report: Callable[[Sequence[Sighting]], None]) -> None:
+    def __init__(
+        self,
+        watches: Sequence[Watch],
+        report: Callable[[Sequence[Sighting]], None],
+        *,
+        on_failure: Callable[[Watch, ServingError], None] = lambda watch, error: None,
+        max_logged: int = MAX_LOGGED,
+    ) -> None:
         self.watches = tuple(watches)
         self.report = report
+        self.on_failure = on_failure
         self.columns = ScoreColumns([watch.source for watch in watches])
         self.rules = RuleBank([watch.rule for watch in watches])
-        self.log = ScoreLog()
+        self.log = ScoreLog(max_logged)
+        # Those that are watched under it, queued ones included.
+        self.requests: weakref.WeakSet[RequestWatch] = weakref.WeakSet()
         self.on_prompt_M = np.array([watch.on_prompt for watch in watches], dtype=bool)
         self.on_generated_M = np.array([watch.on_generated for watch in watches], dtype=bool)
         self.skip_token_ids = frozenset[int]().union(*(watch.skip_token_ids for watch in watches))
@@ -111,10 +126,12 @@ class Roster:
 
 class RequestWatch:
     """What watches one request. `watched_M`: which of the roster's watches do. `origin`: whatever whoever attached it
-    wants to know again with a sighting.
+    wants to know again with a sighting. `tell_text`: whether its tokens may be in sightings, where a watch wants them.
     """
 
-    def __init__(self, roster: Roster, watched_M: Masks, *, origin: Any = None) -> None:
+    def __init__(
+        self, roster: Roster, watched_M: Masks, *, origin: Any = None, tell_text: bool = True
+    ) -> None:
         assert watched_M.shape == (len(roster),), "one entry a watch"
         self.roster = roster
         self.watched_M = watched_M
@@ -129,10 +146,11 @@ class RequestWatch:
         # The tokens fed, kept where an event's text may be asked for.
         self.prompt: Sequence[int] = ()
         self.generated: list[int] = []
-        self.wants_text = any(
+        self.wants_text = tell_text and any(
             watch.wants_text for watch, on in zip(roster.watches, watched_M, strict=True) if on
         )
         self.slot = -1
+        roster.requests.add(self)
         self._n_sightings = [0] * len(roster)
 
     def begin(self, prompt: Sequence[int]) -> None:
@@ -179,7 +197,9 @@ class RequestWatch:
             position=position,
             score=crossing.score,
             aggregate=crossing.aggregate,
-            token_ids=(*self.prompt, *self.generated)[: position + 1] if watch.wants_text else (),
+            token_ids=(*self.prompt, *self.generated)[: position + 1]
+            if watch.wants_text and self.wants_text
+            else (),
         )
 
     def _react(self, index: int, watch: Watch, crossing: Crossing, position: int) -> None:
@@ -323,4 +343,12 @@ def prepare_steering(
     watch: RequestWatch, make: Callable[[Sequence[Intervention]], tuple[PreparedIntervention, ...]]
 ) -> None:
     """Makes the edits ready that may steer the request."""
-    watch.steers = {index: make(watch.roster.watches[index].interventions) for index in watch.needs_edits}
+    for index in watch.needs_edits:
+        one = watch.roster.watches[index]
+        try:
+            watch.steers[index] = make(one.interventions)
+        except ServingError as error:
+            # Something it needs has gone since. That is the monitor's affair, not the caller's.
+            watch.watched_M = watch.watched_M.copy()
+            watch.watched_M[index] = False
+            watch.roster.on_failure(one, error)

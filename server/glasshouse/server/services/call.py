@@ -40,6 +40,7 @@ class Call:
         "readout_bytes",
         "request_id",
         "started",
+        "trailing",
     )
 
     def __init__(self, request_id: str, meter: Meter) -> None:
@@ -51,6 +52,8 @@ class Call:
         self.generated_tokens = 0
         self.readout_bytes = 0
         self._last_token = 0.0
+        # Metadata that goes with the status.
+        self.trailing: list[tuple[str, str]] = []
 
     def accepted(self, prompt_tokens: int, edits: Iterable[str]) -> None:
         """The engine took the request: `prompt_tokens` are fed, under `edits`."""

@@ -25,6 +25,10 @@ from .selectors import selector
 
 MAX_ABORT_CONDITIONS = 16
 
+# Trailing metadata of a response that monitors flagged. Clients drop calls whose trailers pass 8 KiB.
+FLAG_KEY = "glasshouse-monitor-flag"
+MAX_FLAG_TRAILERS = 16
+
 _OUTPUTS = {
     pb.PROBE_OUTPUT_UNSPECIFIED: ProbeOutput.SCORE,
     pb.PROBE_OUTPUT_SCORE: ProbeOutput.SCORE,
@@ -145,6 +149,14 @@ def abort_message(abort: Abort) -> pb.Abort:
     else:
         message.condition = abort.condition
     return message
+
+
+def flag_trailers(flags: Sequence[MonitorFlag]) -> list[tuple[str, str]]:
+    """Trailing metadata that says the same as `flags` to whoever does not read the stream: an entry a flag."""
+    return [
+        (FLAG_KEY, f"{flag.monitor}; action={flag.action.value}; position={flag.position}")
+        for flag in flags[:MAX_FLAG_TRAILERS]
+    ]
 
 
 def flag_messages(flags: Sequence[MonitorFlag]) -> list[pb.MonitorFlag]:

@@ -15,6 +15,7 @@ from glasshouse.server.dictionaries.sample_text import PASSAGES
 from glasshouse.server.dictionaries.store import HeldDictionary
 from glasshouse.server.engines import feature_reading
 from glasshouse.server.engines.feature_reading import EncodedInput, Wanted
+from glasshouse.server.monitors.room import MonitorRoom
 from glasshouse.server.operations.evaluate_dictionary import DictionaryEvaluation, evaluate
 from glasshouse.server.operations.manager import OperationManager, Progress
 from glasshouse.server.types.errors import InvalidArgument
@@ -49,8 +50,15 @@ _MOST_NEIGHBOURS = 100
 class DictionaryServicer:
     """Serves `glasshouse.v1.DictionaryService`."""
 
-    def __init__(self, catalogue: Catalogue, limits: Limits, operations: OperationManager) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        limits: Limits,
+        operations: OperationManager,
+        monitors: MonitorRoom | None = None,
+    ) -> None:
         self._catalogue = catalogue
+        self._monitors = monitors
         self._limits = limits
         self._operations = operations
 
@@ -91,8 +99,10 @@ class DictionaryServicer:
     async def UnloadDictionary(
         self, request: pb.UnloadDictionaryRequest, call: Call
     ) -> pb.UnloadDictionaryResponse:
-        """Forgets a dictionary; requests that hold it finish."""
+        """Forgets a dictionary; requests that hold it finish. One that monitors use stays."""
         model, held = self._find(request.name, "name")
+        if self._monitors is not None:
+            self._monitors.check_unused(model.engine.info.name, held.name)
         model.engine.dictionaries.remove(held.name)
         return pb.UnloadDictionaryResponse()
 

@@ -9,6 +9,9 @@ from time import perf_counter
 
 import numpy as np
 
+from glasshouse.server.engines.watching import RequestWatch
+from glasshouse.server.monitors.room import MonitorRoom
+from glasshouse.server.monitors.spec import Subject, check_labels
 from glasshouse.server.types.configuration import StreamSettings
 from glasshouse.server.types.errors import ResourceExhausted
 from glasshouse.server.types.generation import (
@@ -26,7 +29,7 @@ from glasshouse.wire import reasons
 from . import fields, parameters
 from .call import Call
 from .catalogue import Catalogue, ServedModel
-from .conditions import abort_conditions
+from .conditions import abort_conditions, flag_trailers
 from .events import TokenMessages, finished_message, prompt_messages
 from .inputs import InputReader
 from .interventions import interventions, receipts
@@ -42,9 +45,16 @@ _INLINE_ENTRIES = 4096
 class GenerationServicer:
     """Serves `glasshouse.v1.GenerationService`."""
 
-    def __init__(self, catalogue: Catalogue, limits: Limits, streams: StreamSettings) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        limits: Limits,
+        streams: StreamSettings,
+        monitors: MonitorRoom | None = None,
+    ) -> None:
         self._catalogue = catalogue
         self._limits = limits
+        self._monitors = monitors
         self._gather_s = streams.gather_ms_per_stream / 1000
         self._max_gather_s = streams.max_gather_ms / 1000
 
@@ -53,7 +63,9 @@ class GenerationServicer:
         model = self._catalogue.find(request.model, "model")
         wanted = await self._request(request, model, call)
         pack = TokenMessages(model.strings, self._limits.max_message_bytes).pack
-        async with aclosing(model.engine.generate(wanted)) as batches:
+        watch = self._watch(request, model, call)
+        events = model.engine.generate(wanted) if watch is None else model.engine.generate(wanted, watch)
+        async with aclosing(events) as batches:
             held = False
             async for batch in batches:
                 if not batch:
@@ -72,6 +84,7 @@ class GenerationServicer:
                             call.read(n_bytes)
                         yield message
                 if isinstance(batch[-1], Finished):
+                    call.trailing += flag_trailers(batch[-1].flags)
                     yield finished_message(batch[-1], wanted.sampling.seed)
                     return
                 if tokens:
@@ -135,6 +148,20 @@ class GenerationServicer:
             abort_when=abort_when,
             request_id=call.request_id,
         )
+
+    def _watch(self, request: pb.GenerateRequest, model: ServedModel, call: Call) -> RequestWatch | None:
+        """The monitors that look at the request."""
+        labels = dict(request.labels)
+        check_labels(labels, "labels")
+        if self._monitors is None:
+            return None
+        subject = Subject(
+            request_id=call.request_id,
+            key=call.caller,
+            labels=labels,
+            tell_text=self._monitors.may_tell(request.allow_text_in_events),
+        )
+        return self._monitors.attach(model.engine.info.name, subject)
 
     def _top_too_large(self, n_tokens: int, top_k: int) -> ResourceExhausted:
         most = self._limits.max_message_bytes // (n_tokens * 2 * _TOP_ENTRY_LEAST_BYTES)

@@ -17,6 +17,8 @@ from .logs import FORMATS, LEVELS
 
 Section = TypeVar("Section")
 
+TEXT_POLICIES = ("caller", "never")
+
 # Numbers that may be 0.
 _MAY_BE_ZERO = frozenset(
     {
@@ -66,9 +68,13 @@ def from_tables(tables: Mapping[str, Any]) -> Settings:
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise ConfigurationError(f"{name} is a section; write it as [{name}]")
-        sections[name] = (
-            _names_and_paths(name, table) if name == "dictionaries" else _section(name, table, kinds[name])
-        )
+        match name:
+            case "dictionaries":
+                sections[name] = _names_and_paths(name, table)
+            case "secrets":
+                sections[name] = _references(name, table)
+            case _:
+                sections[name] = _section(name, table, kinds[name])
     settings = Settings(**sections)
     check(settings)
     return settings
@@ -109,6 +115,7 @@ def check(settings: Settings) -> None:
         raise ConfigurationError(
             f"vllm.gpu_memory_utilization is {settings.vllm.gpu_memory_utilization:g}, it must be at most 1"
         )
+    _choice("monitors.text", settings.monitors.text, TEXT_POLICIES)
     for name, section in _sections(settings):
         for field in dataclasses.fields(section):
             value = getattr(section, field.name)
@@ -156,6 +163,17 @@ def _names_and_paths(section: str, table: Mapping[str, Any]) -> dict[str, str]:
     for name, path in table.items():
         if not isinstance(path, str) or not path:
             raise ConfigurationError(f"{section}.{name} is {path!r}, it must be a path in quotes")
+    return dict(table)
+
+
+def _references(section: str, table: Mapping[str, Any]) -> dict[str, str]:
+    for name, place in table.items():
+        # What stands there may be the secret itself: it is not repeated.
+        kind, colon, where = place.partition(":") if isinstance(place, str) else ("", "", "")
+        if kind not in ("env", "file") or not (colon and where):
+            raise ConfigurationError(
+                f'{section}.{name} must say where the secret is found: "env:VARIABLE" or "file:PATH"'
+            )
     return dict(table)
 
 

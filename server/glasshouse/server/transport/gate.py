@@ -122,6 +122,8 @@ class Gate:
                     facts["key"] = call.caller = name
                 self._admit(method, request)
                 result = await work(request, call, context)
+                if call.trailing:
+                    context.set_trailing_metadata(tuple(call.trailing))
         except asyncio.CancelledError:
             code = _code_of_cancellation(context)
             raise

@@ -19,6 +19,7 @@ from glasshouse.v1 import (
     feature_labels_pb2,
     generation_pb2,
     models_pb2,
+    monitors_pb2,
     probes_pb2,
 )
 
@@ -30,6 +31,10 @@ ADMIN_METHODS = frozenset(
         "DirectionService/DeleteDirection",
         "ProbeService/DeleteProbe",
         "FeatureLabelService/DeleteFeatureLabels",
+        *(
+            f"MonitorService/{name}"
+            for name in monitors_pb2.DESCRIPTOR.services_by_name["MonitorService"].methods_by_name
+        ),
     }
 )
 
@@ -89,6 +94,7 @@ METHODS = methods_of(
     probes_pb2.DESCRIPTOR,
     feature_labels_pb2.DESCRIPTOR,
     attribution_pb2.DESCRIPTOR,
+    monitors_pb2.DESCRIPTOR,
     operations_pb2.DESCRIPTOR,
 )
 SERVICES = tuple(dict.fromkeys(method.service for method in METHODS))

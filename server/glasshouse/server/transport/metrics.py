@@ -16,6 +16,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from glasshouse.server.monitors.room import MonitorRoom
+
+from .monitor_metrics import monitor_families
+
 REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 FIRST_TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 INTER_TOKEN_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -60,6 +64,8 @@ class Metrics(Collector):
         self._readout_bytes = 0
         self.active_requests = 0
         self._open_streams = 0
+        # Set when the server starts: before, there are none.
+        self.monitors: MonitorRoom | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -146,9 +152,4 @@ class Metrics(Collector):
         yield CounterMetricFamily(
             "glasshouse_readout_bytes", "Bytes of activations and readouts sent.", value=self._readout_bytes
         )
-        yield GaugeMetricFamily("glasshouse_probe_score", "The last score of a probe.", labels=["probe"])
-        yield CounterMetricFamily(
-            "glasshouse_monitor_events",
-            "Events of monitors, by the action taken.",
-            labels=["monitor", "action"],
-        )
+        yield from monitor_families(self.monitors)

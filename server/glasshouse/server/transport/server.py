@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from glasshouse.server.monitors.room import MonitorRoom
 from glasshouse.server.operations.manager import OperationManager, OperationSettings
 from glasshouse.server.probes.library import ConceptLibrary
 from glasshouse.server.probes.model_concepts import ModelConcepts
@@ -22,6 +23,7 @@ from glasshouse.server.services.directions import DirectionServicer
 from glasshouse.server.services.feature_labels import FeatureLabelServicer
 from glasshouse.server.services.generation import GenerationServicer
 from glasshouse.server.services.models import ModelServicer
+from glasshouse.server.services.monitors import MonitorServicer
 from glasshouse.server.services.operations import OperationServicer
 from glasshouse.server.services.probes import ProbeServicer
 from glasshouse.server.types.configuration import Settings
@@ -51,6 +53,7 @@ class _Running:
     engines: tuple[Engine, ...]
     operations: OperationManager
     attribution: AttributionServicer
+    monitors: MonitorRoom
     watch: asyncio.Task[None]
 
 
@@ -87,16 +90,22 @@ class Server:
             engine.use_concepts(ModelConcepts(library, model=engine.info.name, revision=engine.info.revision))
         catalogue = Catalogue(self._engines)
         operations = OperationManager(OperationSettings())
+        monitors = MonitorRoom(library, self._engines, settings.monitors, settings.secrets)
+        await monitors.start()
+        self.metrics.monitors = monitors
         attribution = AttributionServicer(catalogue, limits, operations, settings.attribution)
         servicers = {
             "glasshouse.v1.ModelService": ModelServicer(catalogue, limits),
-            "glasshouse.v1.GenerationService": GenerationServicer(catalogue, limits, settings.streams),
+            "glasshouse.v1.GenerationService": GenerationServicer(
+                catalogue, limits, settings.streams, monitors
+            ),
             "glasshouse.v1.ActivationService": ActivationServicer(catalogue, limits),
-            "glasshouse.v1.DictionaryService": DictionaryServicer(catalogue, limits, operations),
+            "glasshouse.v1.DictionaryService": DictionaryServicer(catalogue, limits, operations, monitors),
             "glasshouse.v1.DirectionService": DirectionServicer(catalogue, limits, operations, library),
             "glasshouse.v1.ProbeService": ProbeServicer(catalogue, limits, operations, library),
             "glasshouse.v1.FeatureLabelService": FeatureLabelServicer(catalogue, library),
             "glasshouse.v1.AttributionService": attribution,
+            "glasshouse.v1.MonitorService": MonitorServicer(catalogue, limits, monitors),
             "google.longrunning.Operations": OperationServicer(
                 operations, lambda error: rich_status(error, "")
             ),
@@ -119,6 +128,7 @@ class Server:
             engines=self._engines,
             operations=operations,
             attribution=attribution,
+            monitors=monitors,
             watch=asyncio.create_task(self._watch_engines()),
         )
 
@@ -131,6 +141,7 @@ class Server:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._health.enter_graceful_shutdown(), _HEALTH_CHANGE_S)
         self._running.gate.draining = True
+        self._running.monitors.end_watches()
         timeout_s = self._settings.server.drain_timeout_s
         self._log.info("draining", in_flight=self.metrics.active_requests, timeout_s=timeout_s)
         try:
@@ -145,6 +156,7 @@ class Server:
         if self._running is not None:
             self._running.watch.cancel()
             await self._running.operations.stop()
+            await self._running.monitors.stop()
             self._running.attribution.stop()
         await self._server.stop(_LAST_WORDS_S)
         if self.address.is_unix:

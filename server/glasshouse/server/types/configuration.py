@@ -170,8 +170,30 @@ class AttributionSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MonitorSettings:
+    """`[monitors]`: what monitors may do, and how long their events are kept.
+
+    `text`: whether a request's text may be in an event that asks for it: "caller", where the caller allows it, or
+    "never". `webhook_hosts`: hosts that events may be posted to, such as "alerts.example.com", "*.example.com" or
+    "127.0.0.1:*"; none by default. `webhook_attempts`: deliveries tried of one event. `server_name`: what this server is
+    called in events; by default the host's name. `retention_days`, `max_events_per_monitor`: events in the registry
+    beyond these are removed. `max_queued_events`: events waiting to be written.
+    """
+
+    max_monitors: int = 64
+    text: str = "caller"
+    webhook_hosts: tuple[str, ...] = ()
+    webhook_attempts: int = 5
+    webhook_timeout_s: float = 5.0
+    server_name: str = ""
+    retention_days: float = 30.0
+    max_events_per_monitor: int = 100_000
+    max_queued_events: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The whole configuration. `dictionaries`: name -> path."""
+    """The whole configuration. `dictionaries`: name -> path. `secrets`: name -> "env:VARIABLE" or "file:PATH"."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     dictionaries: Mapping[str, str] = field(default_factory=dict)
@@ -182,6 +204,8 @@ class Settings:
     keys: KeySettings = field(default_factory=KeySettings)
     log: LogSettings = field(default_factory=LogSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
+    monitors: MonitorSettings = field(default_factory=MonitorSettings)
+    secrets: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     vllm: VllmSettings = field(default_factory=VllmSettings)
 

@@ -19,7 +19,7 @@ import torch
 
 from glasshouse.server.attribution.twin import twin_of
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
-from glasshouse.server.engines import dictionaries
+from glasshouse.server.engines import dictionaries, watch_sources
 from glasshouse.server.engines.concepts import Concepts, look_up
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation
@@ -29,6 +29,8 @@ from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.revision import revision_of
 from glasshouse.server.models.tokenizer import TextCodec
+from glasshouse.server.readouts.score_columns import ColumnSource
+from glasshouse.server.types.conditions import FeatureColumn, ProbeColumn
 from glasshouse.server.types.errors import InvalidArgument, ResourceExhausted
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -39,7 +41,7 @@ from glasshouse.server.types.generation import (
     ScoreResult,
 )
 from glasshouse.server.types.hook_points import HookPoint
-from glasshouse.server.types.interventions import FloatArray
+from glasshouse.server.types.interventions import FloatArray, Intervention
 from glasshouse.server.types.limits import Limits
 from glasshouse.server.types.models import ModelInfo
 from glasshouse.wire import reasons
@@ -221,6 +223,16 @@ class TransformersEngine(Engine):
         self._signal()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+    async def score_source(self, column: ProbeColumn | FeatureColumn, *, field: str) -> ColumnSource:
+        """What scores a column; see `Engine`."""
+        return await watch_sources.score_source(self._preparation, self.concepts, column, field=field)
+
+    async def steering(
+        self, interventions: Sequence[Intervention], *, field: str
+    ) -> tuple[Intervention, ...]:
+        """Edits that a watch may steer with; see `Engine`."""
+        return await watch_sources.steering(self._preparation, self.concepts, interventions, field=field)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
