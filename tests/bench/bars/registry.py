@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from ..harness import Report
 from ..workbench import Workbench
 from . import (
+    attribution_latency,
     concurrency,
     dictionaries,
     exactness,
@@ -30,4 +31,5 @@ BARS: Mapping[str, Bar] = {
     "extraction": extraction.run,
     "features": features.run,
     "dictionaries": dictionaries.run,
+    "attribution_latency": attribution_latency.run,
 }
