@@ -173,7 +173,21 @@ def test_starting_late_changes_nothing(
     )
     grid += [Node(hook_point="hook_embed", position=3), Node(hook_point="blocks.1.hook_mlp_out")]
     late = sweep(model, clean, grid, metric, others=corrupt, batch_size=4)
-    monkeypatch.setattr("glasshouse.server.attribution.sweeps._Runner._resume", lambda self, nodes: None)
+    monkeypatch.setattr("glasshouse.server.attribution.sweeps._Runner._resume", lambda self, *rest: None)
     whole = sweep(model, clean, grid, metric, others=corrupt, batch_size=4)
     assert [r.value for r in late] == pytest.approx([r.value for r in whole], abs=2e-5)
     assert len({round(r.value, 4) for r in late}) > 5
+
+
+def test_what_comes_after_the_reading_changes_nothing(
+    various: GradientModel, clean: Tensor, corrupt: Tensor
+) -> None:
+    metric = LogitDifference(targets=(5,), foils=(9,), position=2)
+    grid = node_grid(various, "hook_mlp_out", n_positions=clean.shape[1])
+    results = sweep(various, clean, grid, metric, others=corrupt)
+    plain = float(metric(various.forward(clean)))
+    for result in results:
+        assert result.node.position is not None
+        if result.node.position > 2:
+            assert result.effect == 0.0 and result.value == pytest.approx(plain, abs=1e-5)
+    assert sum(abs(result.effect) > 1e-4 for result in results) > 3

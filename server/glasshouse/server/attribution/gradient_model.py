@@ -201,6 +201,11 @@ class GradientModel:
 
     def _run(self, tokens_BT: Tensor, visit: _Visit, resume: Resume | None) -> Tensor:
         removes: list[Remove] = []
+
+        def detach() -> None:
+            while removes:
+                removes.pop()()
+
         model, held = self.loaded.model, visit.freeze.held
         names = visit.points()
         try:
@@ -215,12 +220,11 @@ class GradientModel:
                 names |= {p.name for p in self.table.points if p.name.endswith("attn.hook_pattern")}
             removes.append(attach(self.table, names, visit).remove)
             if resume is not None:
-                return run_suffix(self.loaded, tokens_BT, resume)
+                return run_suffix(self.loaded, tokens_BT, resume, detach)
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
             return self.loaded.family.forward_hidden(model, tokens_BT, positions)
         finally:
-            for remove in removes:
-                remove()
+            detach()
 
 
 class _Visit:

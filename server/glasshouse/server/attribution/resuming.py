@@ -6,6 +6,8 @@ positions. So:
 1. One pass over the base keeps every layer's stream, keys and values (`BaseRun`).
 2. A patched pass runs positions p.. only, attending to the base's keys and values before p (`SuffixMemory`, handed
    to the model's own attention), and from the stream entering layer l where the family's stack can be entered there.
+3. Where only the last position is read, the last layer needs the others' keys and values alone: the block is left as
+   soon as it has made them (`narrow`), and runs again on the last position.
 
 Positions of such a pass are counted from p: an index from the end means the same in both.
 
@@ -14,6 +16,7 @@ Shapes: B rows, T positions of the base, S = T - p of a suffix, K key-value head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +37,16 @@ class BaseRun:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Resume:
-    """Start at `layer` and `position` of a base."""
+    """Start at `layer` and `position` of a base.
+
+    narrow: only the last position of the last layer is wanted, nothing of that layer is read, and nothing edited but
+    the stream that enters it.
+    """
 
     base: BaseRun
     layer: int
     position: int
+    narrow: bool = False
 
 
 class RecordingMemory:
@@ -79,21 +87,77 @@ class SuffixMemory:
         return self._causal & (self._distance < sliding_window)
 
 
-def run_suffix(loaded: LoadedModel, tokens_BT: Tensor, resume: Resume) -> Tensor:
-    """(B, S, d_model) after the final norm, for rows that differ from the base from `resume` on only."""
+class _Made(Exception):
+    """The keys and values are made; the rest of the block is not wanted."""
+
+
+class _Capture:
+    """Takes a block's keys and values and ends it there."""
+
+    def __init__(self, before: SuffixMemory) -> None:
+        self._before = before
+        self.keys, self.values = torch.empty(0), torch.empty(0)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self._before.append(layer, key, value)
+        raise _Made
+
+    def mask(self, sliding_window: int | None) -> Tensor | None:
+        raise AssertionError("ended before its mask is asked for")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _LastQuery:
+    """All keys and values, for a block that runs on the last position alone."""
+
+    keys: Tensor
+    values: Tensor
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
+    def mask(self, sliding_window: int | None) -> Tensor | None:
+        n_keys = self.keys.shape[2]
+        if sliding_window is None or sliding_window >= n_keys:
+            return torch.ones(1, 1, 1, n_keys, dtype=torch.bool, device=self.keys.device)
+        distance = torch.arange(n_keys - 1, -1, -1, device=self.keys.device)
+        return (distance < sliding_window)[None, None, None]
+
+
+def run_suffix(loaded: LoadedModel, tokens_BT: Tensor, resume: Resume, detach: Callable[[], None]) -> Tensor:
+    """(B, S, d_model) after the final norm, for rows that differ from the base from `resume` on only; (B, 1, d_model)
+    where it is narrow and the family's stack can be entered. `detach` takes all taps off: they have done their work
+    when the last block runs again.
+    """
     n_rows, n_positions = tokens_BT.shape
     family, switch, start = loaded.family, loaded.attention, resume.position
     positions = torch.arange(start, n_positions, device=tokens_BT.device).expand(n_rows, -1)
-    switch.memory = SuffixMemory(resume.base, start, n_positions, tokens_BT.device)
+    switch.memory = memory = SuffixMemory(resume.base, start, n_positions, tokens_BT.device)
     try:
         if not family.direct:  # the base module prepares what its blocks take: it runs whole
             return family.forward_hidden(loaded.model, tokens_BT[:, start:], positions)
         base: Any = loaded.model.get_submodule(family.base)
         stream = resume.base.streams[resume.layer][:, start:].repeat(n_rows, 1, 1)
         rotary = base.rotary_emb(stream, position_ids=positions)
-        for block in base.layers[resume.layer :]:
-            stream = block(stream, attention_mask=None, position_embeddings=rotary, position_ids=positions)
-        hidden: Tensor = base.norm(stream)
+
+        def run(block: Any, stream: Tensor, rotary: Any, positions: Tensor) -> Tensor:
+            out: Tensor = block(
+                stream, attention_mask=None, position_embeddings=rotary, position_ids=positions
+            )
+            return out
+
+        for block in base.layers[resume.layer : -1]:
+            stream = run(block, stream, rotary, positions)
+        if resume.narrow:
+            switch.memory = capture = _Capture(memory)
+            try:
+                run(base.layers[-1], stream, rotary, positions)
+            except _Made:
+                switch.memory = _LastQuery(keys=capture.keys, values=capture.values)
+            detach()
+            stream, positions = stream[:, -1:], positions[:, -1:]
+            rotary = base.rotary_emb(stream, position_ids=positions)
+        hidden: Tensor = base.norm(run(base.layers[-1], stream, rotary, positions))
         return hidden
     finally:
         switch.memory = None

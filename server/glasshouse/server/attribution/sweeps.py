@@ -8,8 +8,8 @@ Activation patching (interchange intervention): I(n) = m(base | do(n <- other)) 
    noising the reverse. *zero*. *mean*: over all positions of all other inputs. *resample*: each node takes a
    random one of the other inputs, seeded.
 2. Nodes become rows of a batch on copies of the base; each row is edited at its node alone.
-3. A batch starts at the earliest layer and position that it patches, on one base run (`resuming`), unless a freeze
-   or a metric at an earlier position needs the whole pass.
+3. A batch starts at the earliest layer and position that it patches, on one base run (`resuming`), and ends at the
+   position that the metric reads: attention is causal. A freeze needs the whole pass.
 4. Results are yielded batch by batch, in the order of the grid.
 
 Causal mediation (https://arxiv.org/abs/2004.12265) reads off the same patches: total effect m(corrupt) - m(clean),
@@ -39,6 +39,9 @@ from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.wire import reasons
 
 Replacement = Literal["interchange", "zero", "mean", "resample"]
+
+TOKENS_AT_ONCE = 256
+"""About how many positions a batch runs on a processor."""
 
 Value = Tensor | Mapping[str, Tensor]
 """What a node is set to, (T, width) or (width,); or what is added for it, hook point -> (T, width)."""
@@ -84,16 +87,17 @@ def patch_sweep(
     """
     base = model.tokens(base_T)
     source = _Source(model, base, nodes, replacement, others, dictionaries or {}, seed)
-    with torch.no_grad():
-        runner = _Runner(model, base, metric, freeze)
-        base_value = float(metric(model.forward(base, read=metric.reads, freeze=freeze))[0])
-    for first in range(0, len(nodes), batch_size):
-        some = nodes[first : first + batch_size]
+    runner = _Runner(model, base, metric, freeze)
+    first = 0
+    while first < len(nodes):
+        some = nodes[first : first + runner.rows_at_once(nodes[first : first + batch_size])]
         found = runner.values(some, [source.value(node) for node in some])
         yield [
-            PatchResult(node=node, value=value, effect=value - base_value) for node, value in zip(some, found)
+            PatchResult(node=node, value=value, effect=value - runner.base_value)
+            for node, value in zip(some, found)
         ]
-        progress(min(first + batch_size, len(nodes)), len(nodes))
+        first += len(some)
+        progress(first, len(nodes))
 
 
 def mediate(
@@ -194,20 +198,40 @@ class _Source:
 
 
 class _Runner:
-    """Patched passes over one base, each from the earliest place that it patches."""
+    """Patched passes over one base, each from the earliest place that it patches to the place that is read."""
 
+    @torch.no_grad()
     def __init__(self, model: GradientModel, base: Tensor, metric: Metric, freeze: Freeze) -> None:
-        self._model, self._base, self._freeze = model, base, freeze
-        n_positions = base.shape[1]
-        read_at = metric.position % n_positions
-        self._read_at = read_at
-        self._metric = replace(metric, position=read_at - n_positions)  # the same place in any suffix
-        self._read_early = [model.table.resolve(name).layer or 0 for name in metric.reads]
-        self._run = model.base_run(base) if freeze == NOTHING_FROZEN else None
+        self._model, self._freeze = model, freeze
+        self._n_positions = base.shape[1]
+        read_at = metric.position % self._n_positions
+        resumes = freeze == NOTHING_FROZEN
+        self._base = base[:, : read_at + 1] if resumes else base
+        self._read_at = read_at if resumes else self._n_positions - 1
+        self._metric = replace(metric, position=-1) if resumes else metric
+        self._read_layers = [model.table.resolve(name).layer for name in metric.reads]
+        self._run = model.base_run(self._base) if resumes else None
+        self.base_value = float(self._metric(model.forward(self._base, read=metric.reads, freeze=freeze))[0])
+
+    def rows_at_once(self, nodes: Sequence[Node]) -> int:
+        """How many of the next nodes make a batch: a processor gains nothing by more, and later ones start later."""
+        if self._base.is_cuda or self._run is None:
+            return len(nodes)
+        length = self._n_positions - min(self._position(node) for node in nodes)
+        return max(1, min(len(nodes), -(-TOKENS_AT_ONCE // length)))
 
     @torch.no_grad()
     def values(self, nodes: Sequence[Node], values: Sequence[Value]) -> list[float]:
-        resume = self._resume(nodes)
+        live = [i for i, node in enumerate(nodes) if self._position(node) <= self._read_at]
+        found = [self.base_value] * len(nodes)  # what comes after the reading changes nothing
+        if live:
+            some = [self._placed(nodes[i]) for i in live]
+            for i, value in zip(live, self._values(some, [self._cut(values[i]) for i in live])):
+                found[i] = value
+        return found
+
+    def _values(self, nodes: Sequence[Node], values: Sequence[Value]) -> list[float]:
+        resume = self._resume(nodes, values)
         run = self._model.forward(
             self._base.expand(len(nodes), -1),
             read=self._metric.reads,
@@ -217,16 +241,37 @@ class _Runner:
         )
         return [float(value) for value in self._metric(run)]
 
-    def _resume(self, nodes: Sequence[Node]) -> Resume | None:
+    def _position(self, node: Node) -> int:
+        return 0 if node.position is None else node.position % self._n_positions
+
+    def _placed(self, node: Node) -> Node:
+        return node if node.position is None else replace(node, position=self._position(node))
+
+    def _cut(self, value: Value) -> Value:
+        if not isinstance(value, Tensor):
+            return {name: delta[: self._read_at + 1] for name, delta in value.items()}
+        return value if value.ndim == 1 else value[: self._read_at + 1]
+
+    def _resume(self, nodes: Sequence[Node], values: Sequence[Value]) -> Resume | None:
         if self._run is None:
             return None
-        n_positions = self._base.shape[1]
-        position = min(0 if node.position is None else node.position % n_positions for node in nodes)
-        points = [self._model.table.resolve(node.hook_point) for node in nodes]
-        layer = min([-1 if point.layer is None else point.layer for point in points] + self._read_early)
-        if layer < 0 or position > self._read_at:
+        edited = {node.hook_point for node in nodes}
+        edited |= {name for value in values if not isinstance(value, Tensor) for name in value}
+        by_point = {name: self._model.table.resolve(name).layer for name in edited}
+        layers = [*by_point.values(), *self._read_layers]
+        first = min(-1 if layer is None else layer for layer in layers)
+        if first < 0:
             return None
-        return Resume(base=self._run, layer=layer, position=position)
+        last = self._model.n_layers - 1
+        by_point.pop(f"blocks.{last}.hook_resid_pre", None)
+        return Resume(
+            base=self._run,
+            layer=first,
+            position=min(self._position(node) for node in nodes),
+            narrow=all(
+                layer is not None and layer < last for layer in [*by_point.values(), *self._read_layers]
+            ),
+        )
 
 
 @torch.no_grad()
