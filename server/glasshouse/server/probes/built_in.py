@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from glasshouse.server.probes.saved import Saved, saved_of
+from glasshouse.server.probes.saved import Saved, SavedDirection, SavedProbe, saved_of
 from glasshouse.server.registry.names import Kind, Reference
 from glasshouse.server.registry.records import Draft, Provenance, Record
 
+S = TypeVar("S", SavedDirection, SavedProbe)
 _STEMS = {Kind.DIRECTION: "direction", Kind.PROBE: "probe"}
 
 
@@ -29,6 +30,11 @@ class BuiltIn:
 
     record: Record
     saved: Saved
+
+
+def described(saved: S, description: str) -> S:
+    """The same with a description for people."""
+    return replace(saved, origin=replace(saved.origin, description=description))
 
 
 def write(draft: Draft, folder: Path, created: datetime) -> None:

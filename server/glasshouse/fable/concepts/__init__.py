@@ -1,0 +1,1 @@
+"""fable's directions and probes: the generator's latents, found in the model's own activations."""
