@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import vllm
 from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
+import vllm
 from glasshouse.server.dictionaries.open import open_dictionaries
 from glasshouse.server.engines.vllm.contract.settings import (
     EXTRA_ARG,
