@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from glasshouse.server.engines.engine import Engine, EngineStatus
+from glasshouse.server.types.conditions import Abort, MonitorFlag
 from glasshouse.server.types.errors import FailedPrecondition, NotFound, ResourceExhausted
 from glasshouse.server.types.generation import (
     ExtractedInput,
@@ -35,11 +36,14 @@ from glasshouse.server.types.models import ModelInfo
 from glasshouse.server.types.readouts import (
     FeatureActivations,
     FeatureRows,
+    ProbeScoreRows,
+    ProbeScores,
     PromptReadout,
     ReadActivations,
     ReadFeatures,
     Readout,
     ReadoutValue,
+    ReadProbe,
     TopTokens,
 )
 from glasshouse.server.types.selectors import resolve
@@ -93,7 +97,8 @@ def playing_a_part(engine: type[Engine]) -> type[Engine]:
 class FakeEngine(Engine):
     """Generates the prompt's tokens in a circle, `step_s` apart, `burst` at a time.
 
-    `fail_after`: raises `failure` after so many tokens. `width`: of its hook points.
+    `fail_after`: raises `failure` after so many tokens. `width`: of its hook points. `abort` and `flags`: what its
+    generations end with.
     """
 
     def __init__(self, name: str = "echo", *, step_s: float = 0.0, burst: int = 1) -> None:
@@ -104,6 +109,8 @@ class FakeEngine(Engine):
         self.fail_after = -1
         self.failure: Exception = RuntimeError("secret inside")
         self.healthy = True
+        self.abort: Abort | None = None
+        self.flags: tuple[MonitorFlag, ...] = ()
         self.width = WIDTH
         self.running = 0
         self.most_running = 0
@@ -187,7 +194,15 @@ class FakeEngine(Engine):
                 time_to_first_token_s=seconds,
                 total_s=seconds,
             )
-            yield [Finished(reason=FinishReason.LENGTH, usage=usage, receipt=_receipt(request.interventions))]
+            yield [
+                Finished(
+                    reason=FinishReason.LENGTH if self.abort is None else FinishReason.ABORTED,
+                    usage=usage,
+                    receipt=_receipt(request.interventions),
+                    abort=self.abort,
+                    flags=self.flags,
+                )
+            ]
         finally:
             self.running -= 1
 
@@ -203,6 +218,11 @@ class FakeEngine(Engine):
                     np.arange(n * k, dtype=np.float32),
                 )
                 found.append(PromptReadout(readout=index, positions=tuple(range(n)), values=rows))
+                continue
+            if isinstance(readout, ReadProbe):
+                scores = np.arange(n * 2, dtype=np.float32).reshape(n, 2) / 100
+                value = ProbeScoreRows(f"models/{self.name}/probes/p@2", ("sad", "happy"), scores)
+                found.append(PromptReadout(readout=index, positions=tuple(range(n)), values=value))
                 continue
             self._point(readout.hook_point, f"readouts[{index}].hook_point")
             if isinstance(readout, ReadActivations):
@@ -235,6 +255,8 @@ class FakeEngine(Engine):
                 return FeatureActivations(
                     np.array([7, 3], np.int32), np.array([2.0, position - 1], np.float32)
                 )
+            case ReadProbe():
+                return ProbeScores(np.array([0.25, (position - 1) / 100], np.float32))
             case _:
                 return _top(readout.top_k)
 
