@@ -160,7 +160,7 @@ def usage_errors(tmp_path: Path) -> dict[str, list[object]]:
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
     out, hook = ["-o", tmp_path / "o.npz"], ["--hook-point", HOOK]
     steer = [["generate", "x", "--steer", text] for text in (
-        "nothing", f"{HOOK}=", f"={tmp_path}/v.npy", f"{HOOK}={tmp_path}/v.npy*strong",
+        "*2", "v.npy*2", f"{HOOK}=", f"={tmp_path}/v.npy", f"{HOOK}={tmp_path}/v.npy*strong",
         f"{HOOK}=/nowhere.npy",        f"{HOOK}={tmp_path}/objects.npy", f"{HOOK}={tmp_path}/junk.npy",
         f"{HOOK}={tmp_path}/junk.safetensors",
         f"{HOOK}={tmp_path}/two.safetensors", f"{HOOK}={tmp_path}/v.txt",

@@ -11,7 +11,7 @@ from glasshouse.client import testing
 
 CONTRACT = {
     "Client", "AsyncClient", "add_vector", "ablate_direction", "replace", "read_activations",
-    "read_logit_lens", "set_feature", "scale_feature", "read_features",
+    "read_logit_lens", "set_feature", "scale_feature", "read_features", "read_probe", "when",
     "prompt", "generated", "last", "at", "span", "GlasshouseError",
     "InvalidArgumentError", "NotFoundError",
     "FailedPreconditionError", "ResourceExhaustedError", "UnauthenticatedError", "PermissionDeniedError",
@@ -28,6 +28,7 @@ BEYOND = {
     "AsyncDictionary", "AsyncOperation", "DecoderNorms", "Dictionary", "DictionaryCheck", "DictionaryEvaluation",
     "DictionaryInfo", "EncodedFeatures", "FeatureActivations", "FeatureInfo", "FeatureRows", "FeatureSummary",
     "FeatureTable", "LogitEffects", "NearestFeature", "Operation", "OperationProgress", "ablate_feature",
+    "Abort", "Condition", "MonitorFlag", "ProbeReading", "ProbeReadings",
 }  # fmt: skip
 
 ATTRIBUTION = {
@@ -74,17 +75,37 @@ def test_signatures_of_the_contract() -> None:
     assert parameters(model.generate) == [
         "prompt", "max_tokens", "temperature=1.0", "top_p=1.0", "top_k=0", "seed=None", "stop=()",
         "stop_token_ids=()", "ignore_eos=False", "logprobs=0", "interventions=()", "readouts=()",
+        "abort_when=()",
     ]  # fmt: skip
     assert parameters(sdk.add_vector) == [
-        "hook_point", "vector", "coefficient=1.0", "positions=None", "scale='plain'", "preserve_norm=False",
+        "hook_point", "vector=''", "coefficient=1.0", "positions=None", "scale='plain'", "preserve_norm=False",
+        "condition=None",
     ]  # fmt: skip
-    assert parameters(sdk.ablate_direction)[:3] == ["hook_point", "vector", "positions=None"]
-    assert parameters(sdk.replace) == ["hook_point", "activations", "positions=None"]
+    assert parameters(sdk.ablate_direction)[:3] == ["hook_point", "vector=''", "positions=None"]
+    assert parameters(sdk.replace) == ["hook_point", "activations", "positions=None", "condition=None"]
+    assert parameters(sdk.read_probe) == ["probe", "positions=None", "output='score'", "name=''"]
+    conditions = [
+        "source", "above=None", "below=None", "over='position'", "label=''", "output='score'", "aggregate=None",
+        "positions=None",
+    ]  # fmt: skip
+    assert parameters(sdk.when) == parameters(sdk.Intervention.when) == conditions
     assert parameters(sdk.read_activations) == ["hook_point", "positions=None"]
     assert parameters(sdk.read_logit_lens)[:2] == ["hook_point", "top_k=5"]
-    assert parameters(sdk.set_feature) == ["dictionary", "feature", "value", "positions=None"]
-    assert parameters(sdk.scale_feature) == ["dictionary", "feature", "factor", "positions=None"]
-    assert parameters(sdk.ablate_feature) == ["dictionary", "feature", "positions=None"]
+    assert parameters(sdk.set_feature) == [
+        "dictionary",
+        "feature",
+        "value",
+        "positions=None",
+        "condition=None",
+    ]
+    assert parameters(sdk.scale_feature) == [
+        "dictionary",
+        "feature",
+        "factor",
+        "positions=None",
+        "condition=None",
+    ]
+    assert parameters(sdk.ablate_feature) == ["dictionary", "feature", "positions=None", "condition=None"]
     assert parameters(sdk.read_features)[:3] == ["dictionary", "top_k=None", "features=()"]
 
 

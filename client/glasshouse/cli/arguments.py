@@ -1,22 +1,29 @@
-"""Values with a syntax of their own: HOOK=FILE*COEF, HOOK:K, DICT:INDEX=VALUE, positions. Each refusal is bad usage
-(status 2)."""
+"""Values with a syntax of their own: HOOK=FILE*COEF, HOOK:K, DICT:INDEX=VALUE, PROBE>T, positions. Each refusal is bad
+usage (status 2)."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from glasshouse.client import Intervention, Positions, Readout
+    from glasshouse.client import Condition, Intervention, Positions, Readout
+
+
+# What would be a vector's file where a direction's name may stand.
+_FILES = (".npy", ".npz", ".safetensors")
 
 
 def steering(text: str, positions: Positions | None) -> Intervention:
-    """`HOOK=FILE.npy*COEF`: adds the file's vector times COEF (default 1)."""
+    """`HOOK=FILE.npy*COEF`: adds the file's vector times COEF (default 1); `DIRECTION*COEF` a named direction."""
     from glasshouse.client import add_vector
 
-    hook_point, _, rest = text.partition("=")
+    hook_point, equals, rest = text.partition("=")
+    if not equals:
+        hook_point, rest = "", text
     path, star, number = rest.rpartition("*")
     if not star:
         path, number = rest, "1"
@@ -24,16 +31,20 @@ def steering(text: str, positions: Positions | None) -> Intervention:
         coefficient = float(number)
     except ValueError:
         raise typer.BadParameter(f"{number!r} is not a number in {text!r}", param_hint="--steer") from None
-    vector = _vector(hook_point, path, text, "--steer", "HOOK=FILE*COEF")
+    if not equals and path and not path.endswith(_FILES):
+        return add_vector(path, coefficient=coefficient, positions=positions)
+    vector = _vector(hook_point, path, text, "--steer", "HOOK=FILE*COEF or DIRECTION*COEF")
     return add_vector(hook_point, vector, coefficient, positions=positions)
 
 
 def ablation(text: str, positions: Positions | None) -> Intervention:
-    """`HOOK=FILE.npy`: removes what is along the file's vector."""
+    """`HOOK=FILE.npy`: removes what is along the file's vector; `DIRECTION` a named direction."""
     from glasshouse.client import ablate_direction
 
-    hook_point, _, path = text.partition("=")
-    vector = _vector(hook_point, path, text, "--ablate", "HOOK=FILE")
+    hook_point, equals, path = text.partition("=")
+    if text and not equals and not text.endswith(_FILES):
+        return ablate_direction(text, positions=positions)
+    vector = _vector(hook_point, path, text, "--ablate", "HOOK=FILE or DIRECTION")
     return ablate_direction(hook_point, vector, positions=positions)
 
 
@@ -75,6 +86,42 @@ def feature_reading(text: str) -> Readout:
     if not number.isdecimal():
         raise typer.BadParameter(f"{number!r} is not a count in {text!r}", param_hint="--read-features")
     return read_features(dictionary, top_k=int(number))
+
+
+def probe_reading(text: str) -> Readout:
+    """`PROBE` or `PROBE:margin`: its probability, or its log-odds before calibration."""
+    from glasshouse.client import read_probe
+
+    probe, colon, output = text.partition(":")
+    if colon and output != "margin":
+        raise typer.BadParameter(f"{text!r} is not PROBE or PROBE:margin", param_hint="--probe")
+    return read_probe(probe, output="margin" if colon else "score")
+
+
+_CONDITION = re.compile(
+    r"(?P<name>[^<>#:\s]+)(?:#(?P<feature>\d+)|:(?P<label>[^<>]*?))?\s*(?P<side>[<>])\s*(?P<number>[^\s<>]+)"
+    r"(?:\s+over\s+(?P<over>position|prompt|latched))?\s*"
+)
+
+
+def condition(text: str, option: str) -> Condition:
+    """`PROBE[:LABEL]>T` or `DICT#FEATURE>T`, `<` for below, and at the end where it is asked: ` over prompt`."""
+    from glasshouse.client import when
+
+    found = _CONDITION.fullmatch(text.strip())
+    try:
+        if found is None:
+            raise ValueError(text)
+        threshold = float(found["number"])
+    except ValueError:
+        form = "PROBE[:LABEL]>T or DICT#FEATURE>T, with < for below, then: over prompt, or over latched"
+        raise typer.BadParameter(f"{text!r} is not {form}", param_hint=option) from None
+    name, feature = found["name"], found["feature"]
+    side: dict[str, Any] = {"above" if found["side"] == ">" else "below": threshold}
+    over: Any = found["over"] or "position"
+    if feature is not None:
+        return when((name, int(feature)), over=over, **side)
+    return when(name, label=found["label"] or "", over=over, **side)
 
 
 def positions_option(text: str | None) -> Positions | None:

@@ -10,11 +10,13 @@ import typer
 
 from glasshouse.cli.arguments import (
     ablation,
+    condition,
     feature_reading,
     feature_scaling,
     feature_setting,
     lens,
     positions_option,
+    probe_reading,
     steering,
 )
 from glasshouse.cli.options import (
@@ -59,12 +61,16 @@ def generate(
         typer.Option(
             "--steer",
             metavar="HOOK=FILE*COEF",
-            help="Add the vector of a .npy or .safetensors; repeatable.",
+            help="Add the vector of a .npy or .safetensors; a direction: NAME*COEF; repeatable.",
         ),
     ] = None,
     ablate: Annotated[
         list[str] | None,
-        typer.Option("--ablate", metavar="HOOK=FILE", help="Remove a direction, after steering; repeatable."),
+        typer.Option(
+            "--ablate",
+            metavar="HOOK=FILE",
+            help="Remove a direction, after steering; by its name: NAME; repeatable.",
+        ),
     ] = None,
     set_feature: Annotated[
         list[str] | None,
@@ -84,6 +90,18 @@ def generate(
             help="Where the edits apply: all, prompt, generated, last, 0,2,5 or 4:10; default all.",
         ),
     ] = None,
+    when: Annotated[
+        str | None,
+        typer.Option(
+            "--when",
+            metavar="PROBE>T",
+            help="Make the edits only where this holds. Also PROBE:LABEL<T, DICT#FEATURE>T, '... over prompt|latched'.",
+        ),
+    ] = None,
+    abort_when: Annotated[
+        list[str] | None,
+        typer.Option("--abort-when", metavar="PROBE>T", help="End where this holds, as --when; repeatable."),
+    ] = None,
     read: Annotated[
         list[str] | None, typer.Option("--read", metavar="HOOK", help="Read activations; repeatable.")
     ] = None,
@@ -96,6 +114,10 @@ def generate(
         typer.Option(
             "--read-features", metavar="DICT[:K]", help="Read the K strongest features; repeatable."
         ),
+    ] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", metavar="PROBE[:margin]", help="Read a probe's scores; repeatable."),
     ] = None,
     logprobs: Annotated[
         int, typer.Option("--logprobs", metavar="K", help="Alternatives to show with each token.")
@@ -110,7 +132,7 @@ def generate(
 ) -> None:
     """Generate text, streamed as it comes.
 
-    With --read, --lens, --read-features or --logprobs: one line a token. With --json: one line an event, "prompt",
+    With --read, --lens, --read-features, --probe or --logprobs: one line a token. With --json: one line an event, "prompt",
     "token" and "finished".
     """
     where = positions_option(positions)
@@ -120,9 +142,15 @@ def generate(
         *(feature_setting(each, where) for each in set_feature or ()),
         *(feature_scaling(each, where) for each in scale_feature or ()),
     ]
+    if when is not None:
+        if not edits:
+            raise typer.BadParameter("there is no edit to put under a condition", param_hint="--when")
+        edits = [edit.when(condition(when, "--when")) for edit in edits]
+    ends = [condition(each, "--abort-when") for each in abort_when or ()]
     readings = [
         *(lens(each) for each in logit_lens or ()),
         *(feature_reading(each) for each in read_features or ()),
+        *(probe_reading(each) for each in probe or ()),
     ]
 
     from glasshouse.client import read_activations
@@ -141,6 +169,7 @@ def generate(
             logprobs=logprobs,
             interventions=edits,
             readouts=[*(read_activations(each) for each in read or ()), *readings],
+            abort_when=ends,
         ) as stream,
     ):
         if json:
@@ -159,6 +188,7 @@ def _write_text(stream: GenerationStream) -> None:
         written += len(token.text)
     sys.stdout.write(stream.text[written:] + "\n")
     sys.stdout.flush()
+    _say_abort(stream)
     if sys.stderr.isatty() and stream.usage is not None:
         n_tokens, seconds = stream.usage.generated_tokens, stream.usage.total_seconds
         summary = f"{n_tokens} tokens in {seconds:.2f} s, {stream.finish_reason}, seed {stream.seed}"
@@ -172,9 +202,23 @@ def _write_lines(stream: GenerationStream) -> None:
             parts.append(_alternatives(token.top_logprobs))
         parts += [f"{name}: {_alternatives(top)}" for name, top in token.logit_lens.items()]
         parts += [f"{name}: {_strongest(found)}" for name, found in token.features.items()]
+        parts += [f"{name}: {_scores(found)}" for name, found in token.probes.items()]
         parts += [f"|{name}| {_norm(array):.4g}" for name, array in token.activations.items()]
         typer.echo("\t".join(parts))
         sys.stdout.flush()
+    _say_abort(stream)
+
+
+def _say_abort(stream: GenerationStream) -> None:
+    """Why the text is cut short, on standard error."""
+    abort = stream.abort
+    if abort is not None:
+        cause = abort.monitor or f"--abort-when {abort.condition}"
+        typer.secho(
+            f"aborted by {cause}: {abort.score:.4g} at position {abort.position}, threshold {abort.threshold:.4g}",
+            fg="yellow",
+            err=True,
+        )
 
 
 def _write_events(stream: GenerationStream) -> None:
@@ -192,6 +236,15 @@ def _write_events(stream: GenerationStream) -> None:
                 name: {"positions": rows.positions, "values": [_features(row) for _, row in rows]}
                 for name, rows in readouts.features.items()
             },
+            "probes": {
+                name: {
+                    "probe": rows.probe,
+                    "labels": list(rows.labels),
+                    "positions": rows.positions,
+                    "scores": rows.scores,
+                }
+                for name, rows in readouts.probes.items()
+            },
         }
     )
     for token in stream:
@@ -203,6 +256,8 @@ def _write_events(stream: GenerationStream) -> None:
             "text": stream.text,
             "finish_reason": stream.finish_reason,
             "stop_string": stream.stop_string,
+            "abort": None if stream.abort is None else dataclasses.asdict(stream.abort),
+            "flags": [dataclasses.asdict(flag) for flag in stream.flags],
             "usage": None if usage is None else dataclasses.asdict(usage),
             "receipt": [dataclasses.asdict(entry) for entry in stream.receipt],
             "seed": stream.seed,
@@ -225,6 +280,8 @@ def _token_fields(token: GeneratedToken) -> dict[str, Any]:
         fields["logit_lens"] = {name: dataclasses.asdict(top) for name, top in token.logit_lens.items()}
     if token.features:
         fields["features"] = {name: _features(found) for name, found in token.features.items()}
+    if token.probes:
+        fields["probes"] = {name: dict(found) for name, found in token.probes.items()}
     return fields
 
 
@@ -234,6 +291,10 @@ def _features(found: Any) -> list[dict[str, Any]]:
 
 def _strongest(found: Any) -> str:
     return " ".join(f"{index} {value:.3g}" for index, value in found)
+
+
+def _scores(found: Any) -> str:
+    return " ".join(f"{label} {score:.3g}" for label, score in found)
 
 
 def _alternatives(top: Any) -> str:

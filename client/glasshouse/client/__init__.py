@@ -92,6 +92,7 @@ from glasshouse.client.concepts.values import (
     Provenance,
     SplitSummary,
 )
+from glasshouse.client.conditions import Condition, when
 from glasshouse.client.connection import TLSConfig
 from glasshouse.client.dictionaries.aio import AsyncDictionary
 from glasshouse.client.dictionaries.sync import Dictionary
@@ -135,8 +136,16 @@ from glasshouse.client.interventions import (
 from glasshouse.client.operations import OperationProgress
 from glasshouse.client.positions import Positions, at, generated, last, prompt, span
 from glasshouse.client.positions import all as all
-from glasshouse.client.readouts import Readout, read_activations, read_features, read_logit_lens
+from glasshouse.client.probe_readings import ProbeReading, ProbeReadings
+from glasshouse.client.readouts import (
+    Readout,
+    read_activations,
+    read_features,
+    read_logit_lens,
+    read_probe,
+)
 from glasshouse.client.results import (
+    Abort,
     Activations,
     GeneratedToken,
     GenerationResult,
@@ -144,6 +153,7 @@ from glasshouse.client.results import (
     InterventionReceipt,
     LensReadout,
     ModelInfo,
+    MonitorFlag,
     Progress,
     PromptReadouts,
     RenderedChat,
@@ -156,6 +166,7 @@ from glasshouse.client.sync import Client, GenerationStream, Model
 from glasshouse.client.sync_operation import Operation
 
 __all__ = [
+    "Abort",
     "Activations",
     "AlreadyExistsError",
     "AsyncClient",
@@ -175,6 +186,7 @@ __all__ = [
     "ChatMessage",
     "Circuit",
     "Client",
+    "Condition",
     "DeadlineExceededError",
     "DecoderNorms",
     "Dictionary",
@@ -226,6 +238,7 @@ __all__ = [
     "Metric",
     "Model",
     "ModelInfo",
+    "MonitorFlag",
     "NearestFeature",
     "NotFoundError",
     "OperatingPoint",
@@ -243,6 +256,8 @@ __all__ = [
     "ProbeCandidate",
     "ProbeColumnReport",
     "ProbeInfo",
+    "ProbeReading",
+    "ProbeReadings",
     "ProbeReport",
     "ProbeScores",
     "ProbeWeights",
@@ -289,9 +304,11 @@ __all__ = [
     "read_activations",
     "read_features",
     "read_logit_lens",
+    "read_probe",
     "replace",
     "rotate",
     "scale_feature",
     "set_feature",
     "span",
+    "when",
 ]

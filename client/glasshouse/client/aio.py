@@ -14,6 +14,7 @@ from glasshouse.client import calls
 from glasshouse.client.aio_transport import AsyncMessageStream, AsyncTransport
 from glasshouse.client.attribution.aio import AsyncClientAttribution, AsyncModelAttribution
 from glasshouse.client.concepts.aio import AsyncConceptMethods
+from glasshouse.client.conditions import Condition
 from glasshouse.client.connection import TLSConfig, connection
 from glasshouse.client.dictionaries import calls as dictionary_calls
 from glasshouse.client.dictionaries.aio import AsyncDictionary
@@ -248,13 +249,16 @@ class AsyncModel(AsyncConceptMethods, AsyncModelAttribution):
         logprobs: int = 0,
         interventions: Sequence[Intervention] = (),
         readouts: Sequence[Readout] = (),
+        abort_when: Condition | Sequence[Condition] = (),
         timeout: float | None = None,
     ) -> AsyncGenerationStream:
         """Starts a generation: `async with` it and `async for` its tokens, or `await` its `.result()`.
 
         `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 keep all. A `seed` gives the same
         tokens whatever else the server does. `stop` strings end the text before them. `logprobs` asks for
-        that many alternatives with each token. Leaving a `with` block cancels what has not finished.
+        that many alternatives with each token. `abort_when`: a condition, or
+        several, made by `when`; as soon as one holds, the generation ends (`stream.abort`). Leaving a `with` block
+        cancels what has not finished.
         """
         call = calls.generate(
             self._name,
@@ -270,6 +274,7 @@ class AsyncModel(AsyncConceptMethods, AsyncModelAttribution):
             logprobs=logprobs,
             interventions=interventions,
             readouts=readouts,
+            abort_when=abort_when,
         )
         return AsyncGenerationStream(call, self._transport.stream(call, timeout))
 

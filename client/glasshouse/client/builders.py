@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+from glasshouse.client.conditions import Condition
 from glasshouse.client.inputs import ChatMessage, Input
 from glasshouse.client.interventions import (
     AblateDirection,
@@ -19,12 +20,14 @@ from glasshouse.client.interventions import (
     Rotate,
     ScaleFeatures,
     SetFeatures,
+    Vector,
 )
 from glasshouse.client.positions import Positions, PositionsLike, as_positions
-from glasshouse.client.readouts import ReadActivations, ReadFeatures, ReadLogitLens, Readout
+from glasshouse.client.readouts import ReadActivations, ReadFeatures, ReadLogitLens, Readout, ReadProbe
 from glasshouse.client.scalars import text, whole, wholes, word
 from glasshouse.v1 import (
     activations_pb2,
+    conditions_pb2,
     generation_pb2,
     inputs_pb2,
     interventions_pb2,
@@ -43,6 +46,20 @@ _NAMED: Final = {
 _SCALES: Final = {
     "plain": interventions_pb2.ADD_SCALE_PLAIN,
     "norm": interventions_pb2.ADD_SCALE_NORM,
+}
+_OUTPUTS: Final = {
+    "score": conditions_pb2.PROBE_OUTPUT_SCORE,
+    "margin": conditions_pb2.PROBE_OUTPUT_MARGIN,
+}
+_SCOPES: Final = {
+    "position": conditions_pb2.CONDITION_SCOPE_POSITION,
+    "prompt": conditions_pb2.CONDITION_SCOPE_PROMPT,
+    "latched": conditions_pb2.CONDITION_SCOPE_LATCHED,
+}
+_AGGREGATES: Final = {
+    "max": conditions_pb2.PROMPT_AGGREGATION_MAX,
+    "mean": conditions_pb2.PROMPT_AGGREGATION_MEAN,
+    "last": conditions_pb2.PROMPT_AGGREGATION_LAST,
 }
 _DTYPES: Final = {
     "float32": DType.DTYPE_F32,
@@ -92,6 +109,7 @@ def generate(
     logprobs: int = 0,
     interventions: Sequence[Intervention] = (),
     readouts: Sequence[Readout] = (),
+    abort_when: Condition | Sequence[Condition] = (),
 ) -> generation_pb2.GenerateRequest:
     """One generation. A single stop string may be given as it is."""
     stops = [stop] if isinstance(stop, str) else stop
@@ -111,7 +129,8 @@ def generate(
         ignore_eos=ignore_eos,
         top_logprobs=whole(logprobs, "top_logprobs"),
         interventions=edits(interventions),
-        readouts=[readout(value, f"readouts[{n}]") for n, value in enumerate(readouts)],
+        readouts=_readouts(readouts),
+        abort_when=abort_conditions(abort_when),
     )
 
 
@@ -202,27 +221,69 @@ def intervention(value: Intervention, field: str) -> interventions_pb2.Intervent
         hook_point=text(value.hook_point, f"{field}.hook_point"),
         positions=selector(value.positions, f"{field}.positions"),
         preserve_norm=value.preserve_norm,
+        condition=None if value.condition is None else condition(value.condition, f"{field}.condition"),
         **edit(value, field),
     )
+
+
+def abort_conditions(value: Condition | Sequence[Condition]) -> list[conditions_pb2.Condition]:
+    """Conditions, the request's field `abort_when`. A single one may be given as it is."""
+    listed = [value] if isinstance(value, Condition) else value
+    return [condition(each, f"abort_when[{n}]") for n, each in enumerate(listed)]
+
+
+def condition(value: Condition, field: str) -> conditions_pb2.Condition:
+    """One condition."""
+    if not isinstance(value, Condition):
+        raise TypeError(f"{field} must be a condition such as when(probe, above=0.9), not {value!r}")
+    message = conditions_pb2.Condition(
+        scope=word(value.over, _SCOPES, f"{field}.scope"),
+        positions=selector(value.positions, f"{field}.positions"),
+    )
+    if value.above is not None:
+        message.above = value.above
+    elif value.below is not None:
+        message.below = value.below
+    if value.aggregate is not None:
+        message.prompt_aggregation = word(value.aggregate, _AGGREGATES, f"{field}.prompt_aggregation")
+    if value.dictionary:
+        message.feature.dictionary = text(value.dictionary, f"{field}.feature.dictionary")
+        message.feature.feature = whole(value.feature, f"{field}.feature.feature")
+    else:
+        message.probe.probe = text(value.probe, f"{field}.probe.probe")
+        message.probe.label = text(value.label, f"{field}.probe.label")
+        message.probe.output = word(value.output, _OUTPUTS, f"{field}.probe.output")
+    return message
+
+
+def _direction(
+    value: Vector | str, field: str, part: str = "vector", name: str = "direction"
+) -> dict[str, Any]:
+    """An array under `part`, or a direction's name under `name`."""
+    return {name: text(value, f"{field}.{name}")} if isinstance(value, str) else {part: pack(value)}
 
 
 def _add_vector(value: AddVector, field: str) -> dict[str, Any]:
     scale = word(value.scale, _SCALES, f"{field}.add_vector.scale")
     return {
         "add_vector": interventions_pb2.AddVector(
-            vector=pack(value.vector), coefficient=value.coefficient, scale=scale
+            **_direction(value.vector, f"{field}.add_vector"), coefficient=value.coefficient, scale=scale
         )
     }
 
 
 def _ablate_direction(value: AblateDirection, field: str) -> dict[str, Any]:
-    return {"ablate_direction": interventions_pb2.AblateDirection(vector=pack(value.vector))}
+    return {
+        "ablate_direction": interventions_pb2.AblateDirection(
+            **_direction(value.vector, f"{field}.ablate_direction")
+        )
+    }
 
 
 def _cap_projection(value: CapProjection, field: str) -> dict[str, Any]:
     return {
         "cap_projection": interventions_pb2.CapProjection(
-            vector=pack(value.vector), max=value.max, min=value.min
+            **_direction(value.vector, f"{field}.cap_projection"), max=value.max, min=value.min
         )
     }
 
@@ -230,7 +291,9 @@ def _cap_projection(value: CapProjection, field: str) -> dict[str, Any]:
 def _rotate(value: Rotate, field: str) -> dict[str, Any]:
     return {
         "rotate": interventions_pb2.RotateActivation(
-            first=pack(value.first), second=pack(value.second), angle_radians=value.angle_radians
+            **_direction(value.first, f"{field}.rotate", "first", "first_direction"),
+            **_direction(value.second, f"{field}.rotate", "second", "second_direction"),
+            angle_radians=value.angle_radians,
         )
     }
 
@@ -270,6 +333,19 @@ _EDITS: Final[dict[type[Intervention], Callable[[Any, str], dict[str, Any]]]] = 
 }
 
 
+def _readouts(values: Sequence[Readout]) -> list[readouts_pb2.Readout]:
+    messages = [readout(value, f"readouts[{n}]") for n, value in enumerate(values)]
+    probes: dict[str, tuple[str, str]] = {}
+    for value in values:
+        if isinstance(value, ReadProbe):
+            read = (value.probe, value.output)
+            if probes.setdefault(value.name, read) != read:
+                raise ValueError(
+                    f"two readouts go by {value.name!r}: give one another name, read_probe(..., name=...)"
+                )
+    return messages
+
+
 def readout(value: Readout, field: str) -> readouts_pb2.Readout:
     """One readout, by the table of its class."""
     what = _READOUTS.get(type(value))
@@ -302,10 +378,16 @@ def _read_features(value: ReadFeatures, field: str) -> dict[str, Any]:
     }
 
 
+def _read_probe(value: ReadProbe, field: str) -> dict[str, Any]:
+    output = word(value.output, _OUTPUTS, f"{field}.probe.output")
+    return {"probe": readouts_pb2.ReadProbe(probe=text(value.probe, f"{field}.probe.probe"), output=output)}
+
+
 _READOUTS: Final[dict[type[Readout], Callable[[Any, str], dict[str, Any]]]] = {
     ReadActivations: _read_activations,
     ReadLogitLens: _read_logit_lens,
     ReadFeatures: _read_features,
+    ReadProbe: _read_probe,
 }
 
 

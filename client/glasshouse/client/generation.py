@@ -16,12 +16,15 @@ from glasshouse.client import parsers
 from glasshouse.client.arrays import Array
 from glasshouse.client.exceptions import GlasshouseError
 from glasshouse.client.features import FeatureActivations, FeatureRows, rows_of
+from glasshouse.client.probe_readings import ProbeReadings
 from glasshouse.client.readouts import Readout
 from glasshouse.client.results import (
+    Abort,
     GeneratedToken,
     GenerationResult,
     InterventionReceipt,
     LensReadout,
+    MonitorFlag,
     PromptReadouts,
     TopTokens,
     Usage,
@@ -50,7 +53,7 @@ class GenerationState:
             self._open("tokens")
             self._prompt_over = True
             for message in event.tokens.tokens:
-                token = parsers.generated_token(message, self.names)
+                token = parsers.generated_token(message, self.names, self._prompt_readouts.labels)
                 self.token_ids.append(token.token_id)
                 if token.text:
                     self._texts.append(token.text)
@@ -99,6 +102,8 @@ class GenerationState:
             seed=self.finished.seed,
             prompt=self.prompt,
             prompt_readouts=self.prompt_readouts(),
+            abort=parsers.abort(self.finished),
+            flags=parsers.flags(self.finished.flags),
         )
 
     def _open(self, event: str) -> None:
@@ -118,8 +123,8 @@ class GenerationState:
 class GenerationView:
     """What a stream shows of its generation: shared by the sync and the async stream, and no transport in it.
 
-    After the end: `finish_reason` ("length", "stop_token", "stop_string"), `stop_string`, `usage`, `receipt`
-    and `seed`. Before it they are None, or empty.
+    After the end: `finish_reason` ("length", "stop_token", "stop_string", "aborted"), `stop_string`, `abort`, `flags`,
+    `usage`, `receipt` and `seed`. Before it they are None, or empty.
     """
 
     def __init__(self, state: GenerationState) -> None:
@@ -153,6 +158,18 @@ class GenerationView:
         return "" if end is None else end.stop_string
 
     @property
+    def abort(self) -> Abort | None:
+        """What ended it before its time."""
+        end = self._state.finished
+        return None if end is None else parsers.abort(end)
+
+    @property
+    def flags(self) -> list[MonitorFlag]:
+        """The monitors that passed their threshold."""
+        end = self._state.finished
+        return [] if end is None else parsers.flags(end.flags)
+
+    @property
     def usage(self) -> Usage | None:
         """What it took."""
         end = self._state.finished
@@ -180,6 +197,10 @@ class _PromptReadoutAssembler:
         self._tensors: dict[int, TensorAssembler] = {}
         self._lenses: dict[int, list[TopTokens]] = {}
         self._features: dict[int, list[FeatureActivations]] = {}
+        self._scores: dict[int, list[float]] = {}
+        self._probes: dict[int, str] = {}
+        # The columns of each readout of a probe.
+        self.labels: dict[int, tuple[str, ...]] = {}
         self._result: PromptReadouts | None = None
 
     @property
@@ -188,6 +209,10 @@ class _PromptReadoutAssembler:
         rows: dict[int, Sized] = {**self._lenses, **self._features}
         n_here = sum(tensor.complete for tensor in self._tensors.values()) + sum(
             len(here) == len(self._positions[readout]) for readout, here in rows.items()
+        )
+        n_here += sum(
+            len(here) == len(self._positions[readout]) * len(self.labels[readout])
+            for readout, here in self._scores.items()
         )
         return n_here == len(self._names)
 
@@ -207,6 +232,11 @@ class _PromptReadoutAssembler:
             self._lenses.setdefault(readout, []).extend(top)
         elif piece.HasField("features"):
             self._features.setdefault(readout, []).extend(parsers.feature_rows(piece.features))
+        elif piece.HasField("probe"):
+            if readout not in self.labels:
+                self.labels[readout] = tuple(piece.probe.labels)
+                self._probes[readout] = piece.probe.probe
+            self._scores.setdefault(readout, []).extend(piece.probe.scores)
 
     def result(self) -> PromptReadouts:
         """All of it, by name."""
@@ -230,8 +260,17 @@ class _PromptReadoutAssembler:
                 name = self._names[readout]
                 rows = rows_of(dict(zip(self._positions[readout], seen, strict=True)))
                 features[name] = features[name].joined(rows) if name in features else rows
-            self._result = PromptReadouts(arrays, positions, lenses, features)
+            self._result = PromptReadouts(arrays, positions, lenses, features, self._readings())
         return self._result
+
+    def _readings(self) -> dict[str, ProbeReadings]:
+        found: dict[str, ProbeReadings] = {}
+        for readout, scores in sorted(self._scores.items()):
+            name, labels = self._names[readout], self.labels[readout]
+            rows = np.array(scores, dtype=np.float32).reshape(-1, len(labels))
+            here = ProbeReadings(self._probes[readout], labels, self._positions[readout], rows)
+            found[name] = found[name].joined(here) if name in found else here
+        return found
 
 
 def _merged(

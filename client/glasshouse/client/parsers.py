@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final, Generic, TypeVar
@@ -11,19 +11,22 @@ import numpy as np
 
 from glasshouse.client.exceptions import GlasshouseError
 from glasshouse.client.features import FeatureActivations
+from glasshouse.client.probe_readings import ProbeReading
 from glasshouse.client.results import (
     NONE,
+    Abort,
     GeneratedToken,
     HookPointInfo,
     InterventionReceipt,
     ModelInfo,
+    MonitorFlag,
     RenderedChat,
     Score,
     Tokens,
     TopTokens,
     Usage,
 )
-from glasshouse.v1 import generation_pb2, interventions_pb2, models_pb2, readouts_pb2
+from glasshouse.v1 import conditions_pb2, generation_pb2, interventions_pb2, models_pb2, readouts_pb2
 from glasshouse.wire.tensors import unpack
 
 T = TypeVar("T")
@@ -34,6 +37,13 @@ FINISH_REASONS: Final[dict[int, str]] = {
     generation_pb2.FINISH_REASON_LENGTH: "length",
     generation_pb2.FINISH_REASON_STOP_TOKEN: "stop_token",
     generation_pb2.FINISH_REASON_STOP_STRING: "stop_string",
+    generation_pb2.FINISH_REASON_ABORTED: "aborted",
+}
+_ACTIONS: Final[dict[int, str]] = {
+    conditions_pb2.MONITOR_ACTION_OBSERVE: "observe",
+    conditions_pb2.MONITOR_ACTION_FLAG: "flag",
+    conditions_pb2.MONITOR_ACTION_STEER: "steer",
+    conditions_pb2.MONITOR_ACTION_ABORT: "abort",
 }
 
 
@@ -141,6 +151,8 @@ def receipt(messages: Iterable[interventions_pb2.InterventionReceipt]) -> list[I
             positions_applied=message.positions_applied,
             hook_points=list(message.hook_points),
             content_hash=message.content_hash,
+            positions_steered=message.positions_steered,
+            resources=list(message.resources),
         )
         for message in messages
     ]
@@ -155,6 +167,34 @@ def usage(message: generation_pb2.Usage) -> Usage:
         time_to_first_token_seconds=message.time_to_first_token_seconds,
         total_seconds=message.total_seconds,
     )
+
+
+def abort(message: generation_pb2.FinishedEvent) -> Abort | None:
+    """What ended a generation before its time."""
+    if not message.HasField("abort"):
+        return None
+    ended = message.abort
+    return Abort(
+        condition=ended.condition if ended.HasField("condition") else None,
+        monitor=ended.monitor,
+        position=ended.position,
+        score=ended.score,
+        threshold=ended.threshold,
+    )
+
+
+def flags(messages: Iterable[conditions_pb2.MonitorFlag]) -> list[MonitorFlag]:
+    """The monitors that passed their threshold."""
+    return [
+        MonitorFlag(
+            monitor=message.monitor,
+            position=message.position,
+            score=message.score,
+            threshold=message.threshold,
+            action=_ACTIONS.get(message.action, "unknown"),
+        )
+        for message in messages
+    ]
 
 
 def feature_activations(message: readouts_pb2.FeatureActivations) -> FeatureActivations:
@@ -174,8 +214,12 @@ def feature_rows(message: readouts_pb2.FeatureRows) -> list[FeatureActivations]:
     return [FeatureActivations(ids[low:high], activations[low:high]) for low, high in pairwise(ends)]
 
 
-def generated_token(message: generation_pb2.GeneratedToken, names: Sequence[str]) -> GeneratedToken:
-    """A new token. names: what each of the request's readouts is found under."""
+def generated_token(
+    message: generation_pb2.GeneratedToken,
+    names: Sequence[str],
+    labels: Mapping[int, Sequence[str]] | None = None,
+) -> GeneratedToken:
+    """A new token. names: what each of the request's readouts is found under; labels: the columns of those of probes."""
     top = top_tokens(message.top_logprobs) if message.HasField("top_logprobs") else None
     values = message.readouts
     if not values:
@@ -184,6 +228,7 @@ def generated_token(message: generation_pb2.GeneratedToken, names: Sequence[str]
         )
     activations: dict[str, Any] = {}
     features: dict[str, FeatureActivations] = {}
+    probes: dict[str, ProbeReading] = {}
     logit_lens: dict[str, TopTokens] = {}
     for value in values:
         kind = value.WhichOneof("value")
@@ -195,6 +240,11 @@ def generated_token(message: generation_pb2.GeneratedToken, names: Sequence[str]
         elif kind == "features":
             here = feature_activations(value.features)
             features[name] = features[name].joined(here) if name in features else here
+        elif kind == "probe":
+            columns = (labels or {}).get(value.readout, ())
+            if len(columns) != len(value.probe.scores):
+                raise GlasshouseError("the server sent scores without their labels", code="INTERNAL")
+            probes[name] = ProbeReading(columns, np.array(value.probe.scores, dtype=np.float32))
     return GeneratedToken(
         position=message.position,
         token_id=message.token_id,
@@ -202,6 +252,7 @@ def generated_token(message: generation_pb2.GeneratedToken, names: Sequence[str]
         logprob=message.logprob,
         activations=activations or NONE,
         features=features or NONE,
+        probes=probes or NONE,
         top_logprobs=top,
         logit_lens=logit_lens or NONE,
     )

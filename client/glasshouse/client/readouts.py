@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex, TypeAlias
 
+from glasshouse.client.conditions import ProbeOutput
 from glasshouse.client.dictionaries.names import DictionaryLike, as_features, dictionary_name, short_name
+from glasshouse.client.names import ProbeLike, probe_name
+from glasshouse.client.names import short_name as probe_short_name
 from glasshouse.client.positions import Positions, PositionsLike, as_positions
 
 ActivationDType: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -68,6 +71,19 @@ class ReadFeatures(Readout):
         return short_name(self.dictionary)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadProbe(Readout):
+    """Scores of a probe, found under its short name or the one given to this readout."""
+
+    probe: str
+    output: ProbeOutput = "score"
+    alias: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.alias or probe_short_name(self.probe)
+
+
 def read_activations(
     hook_point: str, positions: PositionsLike | None = None, *, dtype: ActivationDType = "float32"
 ) -> ReadActivations:
@@ -99,3 +115,19 @@ def read_features(
         features=as_features(features),
         positions=as_positions(positions),
     )
+
+
+def read_probe(
+    probe: ProbeLike,
+    positions: PositionsLike | None = None,
+    *,
+    output: ProbeOutput = "score",
+    name: str = "",
+) -> ReadProbe:
+    """Reads a probe: `token.probes[name]` and `stream.prompt_readouts.probes[name]`.
+
+    `output`: the "score", a probability, or the "margin", log-odds before calibration. A probe that pools over positions
+    is scored at each on what it pools of `positions` so far. `name` is the probe's short name, `probe.name` of a handle,
+    unless another is given.
+    """
+    return ReadProbe(probe=probe_name(probe), output=output, alias=name, positions=as_positions(positions))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from glasshouse.client.arrays import Array, as_torch
 from glasshouse.client.features import FeatureActivations, FeatureRows
+from glasshouse.client.probe_readings import ProbeReading, ProbeReadings
 
 NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 """The mapping of what was not asked for."""
@@ -94,8 +95,9 @@ class TopTokens:
 class InterventionReceipt:
     """What was done for one intervention.
 
-    `index` is its place in the request; `content_hash` is a SHA-256 over the edit, its tensors and its
-    positions.
+    `index` is its place in the request; `content_hash` is a SHA-256 over the edit, its tensors, its positions and its
+    condition. Under a condition `positions_applied` were decided on and `positions_steered` edited; without one the two
+    are equal. `resources`: the named directions and probes it used, with their versions.
     """
 
     index: int
@@ -104,6 +106,33 @@ class InterventionReceipt:
     positions_applied: int
     hook_points: list[str]
     content_hash: str
+    positions_steered: int = 0
+    resources: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abort:
+    """What ended a generation before its time: `condition`, an index in its `abort_when`, or a `monitor`'s resource name.
+
+    `score` passed `threshold` at `position`; the token which that position's forward pass predicted was not sent.
+    """
+
+    condition: int | None = None
+    monitor: str = ""
+    position: int
+    score: float
+    threshold: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorFlag:
+    """A monitor's aggregate `score` passed its `threshold` at `position`. `action`: "flag", "steer" or "abort"."""
+
+    monitor: str
+    position: int
+    score: float
+    threshold: float
+    action: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +215,7 @@ class PromptReadouts(_Arrays):
 
     Hook point -> (n_pos, width), or (n_heads, n_pos, n_prompt) for attention maps. Row i of `[hook_point]`
     belongs to `positions[hook_point][i]`. `logit_lens` maps a hook point to its `LensReadout`, `features` a
-    dictionary's short name to its `FeatureRows`.
+    dictionary's short name to its `FeatureRows`, `probes` a probe's short name to its `ProbeReadings`.
     """
 
     def __init__(
@@ -195,18 +224,21 @@ class PromptReadouts(_Arrays):
         positions: Mapping[str, list[int]],
         logit_lens: Mapping[str, LensReadout],
         features: Mapping[str, FeatureRows] = NONE,
+        probes: Mapping[str, ProbeReadings] = NONE,
     ) -> None:
         self._arrays = arrays
         self.positions = positions
         self.logit_lens = logit_lens
         self.features = features
+        self.probes = probes
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name}: {array.shape}" for name, array in self.items())
         return f"PromptReadouts({arrays}; {self._others()})"
 
     def _others(self) -> str:
-        return f"logit_lens: {', '.join(self.logit_lens)}; features: {', '.join(self.features)}"
+        found = {"logit_lens": self.logit_lens, "features": self.features, "probes": self.probes}
+        return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items())
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -216,7 +248,8 @@ class GeneratedToken:
     `text` is the text this token completes: empty while it may still be part of a stop string or of a
     character. `logprob` is natural, at temperature 1, before truncation. `activations` maps a hook point to
     (width,), or (n_heads, n_keys) for attention maps; `logit_lens` to its top tokens; `features` maps a
-    dictionary's short name to its FeatureActivations. `top_logprobs` is None unless asked for.
+    dictionary's short name to its FeatureActivations, `probes` a probe's to its ProbeReading. `top_logprobs` is None
+    unless asked for.
     """
 
     position: int
@@ -225,7 +258,7 @@ class GeneratedToken:
     logprob: float
     activations: Mapping[str, Array] = field(default_factory=lambda: NONE)
     features: Mapping[str, FeatureActivations] = field(default_factory=lambda: NONE)
-    probes: Mapping[str, Any] = field(default_factory=lambda: NONE)
+    probes: Mapping[str, ProbeReading] = field(default_factory=lambda: NONE)
     top_logprobs: TopTokens | None = None
     logit_lens: Mapping[str, TopTokens] = field(default_factory=lambda: NONE)
 
@@ -238,8 +271,9 @@ class GeneratedToken:
 class GenerationResult:
     """A finished generation.
 
-    `finish_reason` is "length", "stop_token" or "stop_string" (then `stop_string` is the one found; the text
-    ends before it). `seed` is the one used.
+    `finish_reason` is "length", "stop_token", "stop_string" (then `stop_string` is the one found; the text
+    ends before it) or "aborted" (then `abort` says by what). `seed` is the one used; `flags` are the monitors that
+    passed their threshold.
     """
 
     text: str
@@ -252,6 +286,8 @@ class GenerationResult:
     seed: int
     prompt: list[int] = field(repr=False)
     prompt_readouts: PromptReadouts = field(repr=False)
+    abort: Abort | None = None
+    flags: list[MonitorFlag] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import overload
 from glasshouse.client import calls
 from glasshouse.client.attribution.sync import ClientAttribution, ModelAttribution
 from glasshouse.client.concepts.sync import ConceptMethods
+from glasshouse.client.conditions import Condition
 from glasshouse.client.connection import TLSConfig, connection
 from glasshouse.client.dictionaries import calls as dictionary_calls
 from glasshouse.client.dictionaries.sync import Dictionary
@@ -248,13 +249,16 @@ class Model(ConceptMethods, ModelAttribution):
         logprobs: int = 0,
         interventions: Sequence[Intervention] = (),
         readouts: Sequence[Readout] = (),
+        abort_when: Condition | Sequence[Condition] = (),
         timeout: float | None = None,
     ) -> GenerationStream:
         """Starts a generation; iterate for tokens as they come, or call `.result()`.
 
         `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 keep all. A `seed` gives the same
         tokens whatever else the server does. `stop` strings end the text before them. `logprobs` asks for
-        that many alternatives with each token. Leaving a `with` block cancels what has not finished.
+        that many alternatives with each token. `abort_when`: a condition, or
+        several, made by `when`; as soon as one holds, the generation ends (`stream.abort`). Leaving a `with` block
+        cancels what has not finished.
         """
         call = calls.generate(
             self._name,
@@ -270,6 +274,7 @@ class Model(ConceptMethods, ModelAttribution):
             logprobs=logprobs,
             interventions=interventions,
             readouts=readouts,
+            abort_when=abort_when,
         )
         return GenerationStream(call, self._transport.stream(call, timeout))
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from glasshouse.client.testing.failures import invalid, refused
 from glasshouse.client.testing.fake_dictionary import D_SAE, WIDTH, FakeDictionary
+from glasshouse.client.testing.fake_edits import read_at
 from glasshouse.client.testing.fake_model import FakeModel, select
 from glasshouse.client.testing.fake_operations import FakeOperations
-from glasshouse.client.testing.fake_services import PAGE, read_at
+from glasshouse.client.testing.fake_services import PAGE
 from glasshouse.v1 import dictionaries_pb2
 from glasshouse.v1.tensors_pb2 import DTYPE_F32
 from glasshouse.wire import reasons

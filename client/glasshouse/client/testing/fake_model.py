@@ -38,6 +38,9 @@ class FakeModel:
             each.name: each
             for each in (FakeDictionary(f"resid-post-{layer}", layer) for layer in range(N_LAYERS))
         }
+        self.directions: dict[str, tuple[str, NDArray[np.float32]]] = {
+            "joy": ("blocks.1.hook_resid_post", np.arange(D_MODEL, dtype=np.float32))
+        }
 
     def info(self) -> models_pb2.Model:
         """Its entry in the list of models."""
@@ -58,7 +61,7 @@ class FakeModel:
             has_chat_template=True,
             eos_token_ids=[EOS],
             bos_token_id=BOS,
-            capabilities=["generate", "score", "extract", "intervene", "readout"],
+            capabilities=["generate", "score", "extract", "intervene", "readout", "probes"],
         )
 
     def hook_points(self) -> list[models_pb2.HookPoint]:
@@ -187,7 +190,41 @@ class FakeModel:
         kind = edit.WhichOneof("edit")
         if kind in ("set_features", "scale_features"):
             return self.dictionary(getattr(edit, kind).dictionary, f"{field}.{kind}.dictionary").hook_point
+        if not edit.hook_point and kind is not None:
+            for name in self.named_directions(edit):
+                return self.direction(name, f"{field}.{kind}")[0]
         return self.resolve(edit.hook_point, f"{field}.hook_point")
+
+    def direction(self, name: str, field: str) -> tuple[str, NDArray[np.float32]]:
+        """The hook point and vector of a direction by its short or resource name, whatever its version."""
+        short = name.removeprefix(f"models/{self.name}/directions/").partition("@")[0]
+        if short in self.directions:
+            return self.directions[short]
+        raise refused(
+            "NOT_FOUND",
+            f"no direction {name!r}",
+            reason=reasons.RESOURCE_NOT_FOUND,
+            field=field,
+            value=name,
+            remedy="Use one that is there",
+            closest=tuple(difflib.get_close_matches(short, self.directions, n=3, cutoff=0.0)),
+        )
+
+    def _named(self, edit: interventions_pb2.Intervention, part: str) -> str:
+        """The direction's name that stands for a vector of an edit, or ""."""
+        kind = edit.WhichOneof("edit")
+        field = "direction" if part == "vector" else f"{part}_direction"
+        return getattr(getattr(edit, kind), field, "") if kind else ""
+
+    def named_directions(self, edit: interventions_pb2.Intervention) -> list[str]:
+        """The directions that an edit names."""
+        return [name for part in ("vector", "first", "second") if (name := self._named(edit, part))]
+
+    def _vector(self, edit: interventions_pb2.Intervention, part: str = "vector") -> NDArray[Any]:
+        name = self._named(edit, part)
+        if name:
+            return self.direction(name, part)[1]
+        return unpack(getattr(getattr(edit, edit.WhichOneof("edit") or ""), part))
 
     def check_edit(self, edit: interventions_pb2.Intervention, field: str) -> None:
         """Refuses what a server would refuse before it runs anything."""
@@ -214,7 +251,7 @@ class FakeModel:
                 )
         for part in ("vector", "first", "second", "activations"):
             tensor = getattr(getattr(edit, kind), part, None)
-            if tensor is None:
+            if tensor is None or self._named(edit, part):
                 continue
             path = f"{field}.{kind}.{part}"
             try:
@@ -232,23 +269,23 @@ class FakeModel:
         kind = edit.WhichOneof("edit")
         edited: NDArray[Any] = s
         if kind == "add_vector":
-            v, coefficient = unpack(edit.add_vector.vector), _coefficient(edit.add_vector)
+            v, coefficient = self._vector(edit), _coefficient(edit.add_vector)
             if edit.add_vector.scale == interventions_pb2.ADD_SCALE_NORM:
                 edited = s + coefficient * _norm(s) * _unit(v)
             else:
                 edited = s + coefficient * v
         elif kind == "ablate_direction":
-            v = _unit(unpack(edit.ablate_direction.vector))
+            v = _unit(self._vector(edit))
             edited = s - (s @ v)[:, None] * v
         elif kind == "cap_projection":
             cap = edit.cap_projection
-            v = _unit(unpack(cap.vector))
+            v = _unit(self._vector(edit))
             low = cap.min if cap.HasField("min") else -np.inf
             high = cap.max if cap.HasField("max") else np.inf
             edited = s + (np.clip(s @ v, low, high) - s @ v)[:, None] * v
         elif kind == "rotate":
-            first = _unit(unpack(edit.rotate.first))
-            second = unpack(edit.rotate.second)
+            first = _unit(self._vector(edit, "first"))
+            second = self._vector(edit, "second")
             second = _unit(second - (second @ first) * first)
             along, across = (s @ first)[:, None], (s @ second)[:, None]
             turned = np.cos(edit.rotate.angle_radians) * first + np.sin(edit.rotate.angle_radians) * second

@@ -5,13 +5,13 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from glasshouse.client.testing import fake_edits
 from glasshouse.client.testing.failures import invalid, refused
 from glasshouse.client.testing.fake_model import CONTEXT_LENGTH, EOS, FakeModel, select
+from glasshouse.client.testing.fake_probes import FakeCondition, read_probe
 from glasshouse.v1 import (
     activations_pb2,
     generation_pb2,
@@ -20,9 +20,9 @@ from glasshouse.v1 import (
     models_pb2,
     readouts_pb2,
 )
-from glasshouse.v1.tensors_pb2 import DTYPE_UNSPECIFIED, DType
+from glasshouse.v1.tensors_pb2 import DType
 from glasshouse.wire import reasons
-from glasshouse.wire.tensors import chunks, numpy_dtype, pack
+from glasshouse.wire.tensors import chunks, pack
 
 PAGE = 3  # Small, so that every client turns pages.
 
@@ -80,7 +80,7 @@ class FakeServices:
         """Log-probabilities of a sequence."""
         model = self.model(request.model)
         ids = model.token_ids(request.input)
-        salt = _salt(model, request.interventions)
+        salt = fake_edits.salt(model, request.interventions, ids, len(ids))
         logprobs = [np.nan] + [model.logprob(ids[:p], salt) for p in range(1, len(ids))]
         top = []
         if request.top_k:
@@ -90,7 +90,7 @@ class FakeServices:
             token_ids=ids,
             logprobs=pack(np.array(logprobs, dtype=np.float32)),
             top=top,
-            receipt=_receipt(model, request.interventions, ids, len(ids)),
+            receipt=fake_edits.receipt(model, request.interventions, ids, len(ids)),
             tokens=model.strings(ids),
         )
 
@@ -115,13 +115,15 @@ class FakeServices:
                 index=index,
                 token_ids=ids,
                 positions=positions,
-                receipt=_receipt(model, request.interventions, ids, len(ids)),
+                receipt=fake_edits.receipt(model, request.interventions, ids, len(ids)),
                 tokens=model.strings(ids),
             )
             yield response(input=header)
             n_tokens += len(ids)
             for hook_point, name in enumerate(names):
-                array = read_at(model, name, ids, positions, request.interventions, len(ids), request.dtype)
+                array = fake_edits.read_at(
+                    model, name, ids, positions, request.interventions, len(ids), request.dtype
+                )
                 for piece in chunks(array, self._chunk_bytes):
                     n_bytes += len(piece.data)
                     chunk = activations_pb2.ExtractedChunk(input=index, hook_point=hook_point, piece=piece)
@@ -140,9 +142,14 @@ class FakeServices:
             raise invalid("max_tokens", message, reasons.CONTEXT_EXCEEDED, "Ask for fewer tokens")
         for n, edit in enumerate(request.interventions):
             model.check_edit(edit, f"interventions[{n}]")
+            fake_edits.conditions([edit], model, f"interventions[{n}]")
+        ends = [
+            FakeCondition(model, condition, f"abort_when[{n}]")
+            for n, condition in enumerate(request.abort_when)
+        ]
         greedy = request.sampling.HasField("temperature") and request.sampling.temperature == 0
         seed = request.sampling.seed if request.sampling.HasField("seed") else _seed(request)
-        salt = _salt(model, request.interventions) + (b"" if greedy else str(seed).encode())
+        tail = b"" if greedy else str(seed).encode()
         yield from self._prompt_events(model, request, ids)
 
         decoder, text, sent, held = codecs.getincrementaldecoder("utf-8")("replace"), "", 0, 0
@@ -150,7 +157,15 @@ class FakeServices:
             held = max(map(len, request.stop)) - 1
         reason, stop_string = generation_pb2.FINISH_REASON_LENGTH, ""
         batch: list[generation_pb2.GeneratedToken] = []
+        abort = None
         for n in range(request.max_tokens):
+            abort = fake_edits.abort(ends, ids, n_prompt)
+            if abort is not None:
+                reason = generation_pb2.FINISH_REASON_ABORTED
+                if batch:
+                    yield generation_pb2.GenerateResponse(tokens=generation_pb2.TokensEvent(tokens=batch))
+                break
+            salt = fake_edits.salt(model, request.interventions, ids, n_prompt) + tail
             token_id = model.next_token(ids, n, salt)
             token = self._token(model, request, ids, n_prompt, token_id, salt)
             ids = [*ids, token_id]
@@ -182,8 +197,11 @@ class FakeServices:
             stop_string=stop_string,
             trailing_text=text[sent:],
             usage=usage,
-            receipt=_receipt(model, request.interventions, ids[:-1], n_prompt),
+            receipt=fake_edits.receipt(
+                model, request.interventions, ids[:-1] if n_generated else ids, n_prompt
+            ),
             seed=seed,
+            abort=abort,
         )
         yield generation_pb2.GenerateResponse(finished=finished)
 
@@ -219,13 +237,21 @@ class FakeServices:
                     readouts_pb2.PromptReadout(readout=index, positions=positions, logit_lens=lens)
                 )
                 continue
+            if readout.WhichOneof("what") == "probe":
+                rows = read_probe(model, readout.probe, ids, positions, f"readouts[{index}]")
+                event.readouts.append(
+                    readouts_pb2.PromptReadout(readout=index, positions=positions, probe=rows)
+                )
+                continue
             if readout.WhichOneof("what") == "features":
                 yield from self._feature_events(event, model, request, ids, index, positions)
                 event = generation_pb2.PromptEvent()
                 continue
             what = readout.activations
             name = model.resolve(what.hook_point, f"readouts[{index}].activations.hook_point")
-            array = read_at(model, name, ids, positions, request.interventions, len(ids), what.dtype)
+            array = fake_edits.read_at(
+                model, name, ids, positions, request.interventions, len(ids), what.dtype
+            )
             for piece in chunks(array, self._chunk_bytes):
                 first = positions if not piece.byte_offset else ()
                 event.readouts.append(
@@ -281,6 +307,10 @@ class FakeServices:
                 top = model.top_tokens(ids, readout.logit_lens.top_k, b"lens")
                 token.readouts.append(readouts_pb2.ReadoutValue(readout=index, logit_lens=top))
                 continue
+            if readout.WhichOneof("what") == "probe":
+                scores = read_probe(model, readout.probe, ids, [position], f"readouts[{index}]").scores
+                token.readouts.add(readout=index).probe.scores.extend(scores)
+                continue
             if readout.WhichOneof("what") == "features":
                 what, edits = readout.features, request.interventions
                 (row,) = _features(model, what, ids, [position], edits, n_prompt, f"readouts[{index}]")
@@ -288,32 +318,10 @@ class FakeServices:
                 continue
             name = model.resolve(readout.activations.hook_point, f"readouts[{index}]")
             dtype = readout.activations.dtype
-            rows = read_at(model, name, ids, [position], request.interventions, n_prompt, dtype)
+            rows = fake_edits.read_at(model, name, ids, [position], request.interventions, n_prompt, dtype)
             value = rows[0] if name in model.residual else rows[:, 0]
             token.readouts.append(readouts_pb2.ReadoutValue(readout=index, activations=pack(value)))
         return token
-
-
-def read_at(
-    model: FakeModel,
-    name: str,
-    ids: Sequence[int],
-    positions: Sequence[int],
-    interventions: Sequence[interventions_pb2.Intervention],
-    n_prompt: int,
-    dtype: int,
-) -> NDArray[Any]:
-    """The activations at some positions, after the edits at that hook point, in a wire dtype."""
-    everywhere = model.activations(name, ids, range(len(ids)))
-    if name in model.residual:
-        for n, edit in enumerate(interventions):
-            if model.edited_point(edit, f"interventions[{n}]") == name:
-                at = _covered(edit, ids, n_prompt)
-                everywhere[at] = model.edit(everywhere[at], edit)
-        chosen = everywhere[list(positions)]
-    else:
-        chosen = everywhere[:, list(positions)]
-    return chosen.astype(numpy_dtype(dtype if dtype != DTYPE_UNSPECIFIED else DType.DTYPE_F32))
 
 
 def _features(
@@ -328,7 +336,9 @@ def _features(
     """A dictionary's features at some positions, as they are asked for."""
     dictionary = model.dictionary(what.dictionary, f"{field}.features.dictionary")
     dictionary.check_features(what.features, f"{field}.features.features")
-    rows = read_at(model, dictionary.hook_point, ids, positions, interventions, n_prompt, DType.DTYPE_F32)
+    rows = fake_edits.read_at(
+        model, dictionary.hook_point, ids, positions, interventions, n_prompt, DType.DTYPE_F32
+    )
     return dictionary.chosen(rows, what.top_k if what.HasField("top_k") else 8, what.features)
 
 
@@ -336,32 +346,3 @@ def _seed(request: generation_pb2.GenerateRequest) -> int:
     """A seed where none is asked for: the request's own, so that a test that passes once passes always."""
     digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
     return int.from_bytes(digest[:7], "little")
-
-
-def _salt(model: FakeModel, interventions: Sequence[interventions_pb2.Intervention]) -> bytes:
-    for n, edit in enumerate(interventions):
-        model.check_edit(edit, f"interventions[{n}]")
-    return b"".join(edit.SerializeToString(deterministic=True) for edit in interventions)
-
-
-def _covered(edit: interventions_pb2.Intervention, ids: Sequence[int], n_prompt: int) -> list[int]:
-    return select(edit.positions if edit.HasField("positions") else None, ids, n_prompt)
-
-
-def _receipt(
-    model: FakeModel,
-    interventions: Sequence[interventions_pb2.Intervention],
-    ids: Sequence[int],
-    n_prompt: int,
-) -> list[interventions_pb2.InterventionReceipt]:
-    return [
-        interventions_pb2.InterventionReceipt(
-            index=index,
-            edit=edit.WhichOneof("edit") or "",
-            hook_point=model.edited_point(edit, "interventions"),
-            positions_applied=len(_covered(edit, ids, n_prompt)),
-            hook_points=[model.edited_point(edit, "interventions")],
-            content_hash=hashlib.sha256(edit.SerializeToString(deterministic=True)).hexdigest(),
-        )
-        for index, edit in enumerate(interventions)
-    ]
