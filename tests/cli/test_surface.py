@@ -40,6 +40,27 @@ SURFACE = {
     "probes get": CONNECTION | {"NAME", "--model"},
     "probes score": CONNECTION | {"NAME", "TEXT...", "--model", "--file", "--every-position"},
     "probes delete": CONNECTION | {"NAME", "--model"},
+    "monitors create": CONNECTION
+    | {"NAME", "--model", "--above", "--probe", "--label", "--feature", "--clear-below", "--min-tokens"}
+    | {"--aggregation", "--weight", "--level", "--positions", "--action", "--request-label", "--key"}
+    | {
+        "--sampling-rate",
+        "--calibration",
+        "--webhook",
+        "--webhook-secret",
+        "--include-text",
+        "--description",
+    },
+    "monitors update": CONNECTION
+    | {"NAME", "--model", "--above", "--clear-below", "--min-tokens", "--action", "--sampling-rate"}
+    | {"--description"},
+    "monitors list": CONNECTION | {"--model"},
+    "monitors get": CONNECTION | {"NAME", "--model"},
+    "monitors enable": CONNECTION | {"NAME", "--model"},
+    "monitors disable": CONNECTION | {"NAME", "--model"},
+    "monitors delete": CONNECTION | {"NAME", "--model"},
+    "monitors watch": CONNECTION | {"NAME", "--model", "--since", "--kind", "--count"},
+    "monitors events": CONNECTION | {"NAME", "--model", "--limit"},
     "version": {"--json"},
     "serve": {"[OPTIONS]"},
 }

@@ -43,9 +43,14 @@ ATTRIBUTION = {
     "logit_difference", "patch_grid", "patch_node", "probability", "probe_value",
 }  # fmt: skip
 
+MONITORS = {
+    "AsyncMonitor", "AsyncMonitorWatch", "Drift", "DriftLimits", "Monitor", "MonitorCounts", "MonitorEvent",
+    "MonitorInfo", "MonitorWatch", "ScoreHistogram", "Webhook",
+}  # fmt: skip
+
 
 def test_exported_names() -> None:
-    assert set(sdk.__all__) == CONTRACT | BEYOND | ATTRIBUTION
+    assert set(sdk.__all__) == CONTRACT | BEYOND | ATTRIBUTION | MONITORS
     assert sdk.__all__ == sorted(sdk.__all__)
     assert all(hasattr(sdk, name) for name in sdk.__all__)
     assert sdk.all is sdk.positions.all, "exported, but a star import keeps the builtin"
@@ -75,7 +80,7 @@ def test_signatures_of_the_contract() -> None:
     assert parameters(model.generate) == [
         "prompt", "max_tokens", "temperature=1.0", "top_p=1.0", "top_k=0", "seed=None", "stop=()",
         "stop_token_ids=()", "ignore_eos=False", "logprobs=0", "interventions=()", "readouts=()",
-        "abort_when=()",
+        "abort_when=()", "labels=None", "allow_text_in_events=False",
     ]  # fmt: skip
     assert parameters(sdk.add_vector) == [
         "hook_point", "vector=''", "coefficient=1.0", "positions=None", "scale='plain'", "preserve_norm=False",

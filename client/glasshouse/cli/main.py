@@ -18,6 +18,7 @@ from glasshouse.cli import (
     features,
     generate,
     models,
+    monitors,
     probes,
     score,
     serve,
@@ -66,6 +67,7 @@ app.command("feature")(dictionaries.feature)
 app.command("evaluate-dictionary")(dictionaries.evaluate_dictionary)
 app.add_typer(directions.app, name="directions")
 app.add_typer(probes.app, name="probes")
+app.add_typer(monitors.app, name="monitors")
 app.command("version")(version.version)
 app.command("serve", context_settings=serve.UNTOUCHED)(serve.serve)
 

@@ -133,6 +133,17 @@ from glasshouse.client.interventions import (
     scale_feature,
     set_feature,
 )
+from glasshouse.client.monitors.aio import AsyncMonitor, AsyncMonitorWatch
+from glasshouse.client.monitors.sync import Monitor, MonitorWatch
+from glasshouse.client.monitors.values import (
+    Drift,
+    DriftLimits,
+    MonitorCounts,
+    MonitorEvent,
+    MonitorInfo,
+    ScoreHistogram,
+    Webhook,
+)
 from glasshouse.client.operations import OperationProgress
 from glasshouse.client.positions import Positions, at, generated, last, prompt, span
 from glasshouse.client.positions import all as all
@@ -175,6 +186,8 @@ __all__ = [
     "AsyncGenerationStream",
     "AsyncGraphOperation",
     "AsyncModel",
+    "AsyncMonitor",
+    "AsyncMonitorWatch",
     "AsyncOperation",
     "AsyncPatchSweep",
     "AsyncProbe",
@@ -199,6 +212,8 @@ __all__ = [
     "DirectionAt",
     "DirectionInfo",
     "Discrimination",
+    "Drift",
+    "DriftLimits",
     "EncodedFeatures",
     "Example",
     "FailedPreconditionError",
@@ -238,7 +253,12 @@ __all__ = [
     "Metric",
     "Model",
     "ModelInfo",
+    "Monitor",
+    "MonitorCounts",
+    "MonitorEvent",
     "MonitorFlag",
+    "MonitorInfo",
+    "MonitorWatch",
     "NearestFeature",
     "NotFoundError",
     "OperatingPoint",
@@ -268,6 +288,7 @@ __all__ = [
     "RenderedChat",
     "ResourceExhaustedError",
     "Score",
+    "ScoreHistogram",
     "SplitSummary",
     "Supernode",
     "SweepAxes",
@@ -280,6 +301,7 @@ __all__ = [
     "UnavailableError",
     "Usage",
     "Verification",
+    "Webhook",
     "ablate_direction",
     "ablate_feature",
     "add_vector",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, overload
@@ -22,6 +22,7 @@ from glasshouse.client.dictionaries.values import DictionaryInfo
 from glasshouse.client.generation import GenerationView
 from glasshouse.client.inputs import ChatMessageLike, InputLike, as_inputs
 from glasshouse.client.interventions import Intervention
+from glasshouse.client.monitors.aio import AsyncMonitorMethods
 from glasshouse.client.parsers import resource_name
 from glasshouse.client.positions import PositionsLike
 from glasshouse.client.readouts import ActivationDType, Readout
@@ -84,7 +85,7 @@ class AsyncClient(AsyncClientAttribution):
         return AsyncModel(self._transport, await self._transport.unary(calls.get_model(name), timeout))
 
 
-class AsyncModel(AsyncConceptMethods, AsyncModelAttribution):
+class AsyncModel(AsyncConceptMethods, AsyncMonitorMethods, AsyncModelAttribution):
     """A served model. Made by `await AsyncClient.model()`."""
 
     def __init__(self, transport: AsyncTransport, info: ModelInfo) -> None:
@@ -250,6 +251,8 @@ class AsyncModel(AsyncConceptMethods, AsyncModelAttribution):
         interventions: Sequence[Intervention] = (),
         readouts: Sequence[Readout] = (),
         abort_when: Condition | Sequence[Condition] = (),
+        labels: Mapping[str, str] | None = None,
+        allow_text_in_events: bool = False,
         timeout: float | None = None,
     ) -> AsyncGenerationStream:
         """Starts a generation: `async with` it and `async for` its tokens, or `await` its `.result()`.
@@ -275,6 +278,8 @@ class AsyncModel(AsyncConceptMethods, AsyncModelAttribution):
             interventions=interventions,
             readouts=readouts,
             abort_when=abort_when,
+            labels=labels,
+            allow_text_in_events=allow_text_in_events,
         )
         return AsyncGenerationStream(call, self._transport.stream(call, timeout))
 

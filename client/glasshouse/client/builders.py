@@ -6,7 +6,7 @@ words). Whether a value makes sense is the server's to say: it alone knows the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from glasshouse.client.conditions import Condition
@@ -110,6 +110,8 @@ def generate(
     interventions: Sequence[Intervention] = (),
     readouts: Sequence[Readout] = (),
     abort_when: Condition | Sequence[Condition] = (),
+    labels: Mapping[str, str] | None = None,
+    allow_text_in_events: bool = False,
 ) -> generation_pb2.GenerateRequest:
     """One generation. A single stop string may be given as it is."""
     stops = [stop] if isinstance(stop, str) else stop
@@ -131,6 +133,8 @@ def generate(
         interventions=edits(interventions),
         readouts=_readouts(readouts),
         abort_when=abort_conditions(abort_when),
+        labels=request_labels(labels or {}),
+        allow_text_in_events=allow_text_in_events,
     )
 
 
@@ -165,6 +169,11 @@ def extract_activations(
         dtype=word(dtype, _DTYPES, "dtype"),
         interventions=edits(interventions),
     )
+
+
+def request_labels(values: Mapping[str, str]) -> dict[str, str]:
+    """A request's labels."""
+    return {text(name, "labels"): text(value, f"labels.{name}") for name, value in values.items()}
 
 
 def model_input(value: Input, field: str, add_special_tokens: bool = True) -> inputs_pb2.Input:

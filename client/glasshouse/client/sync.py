@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import overload
@@ -18,6 +18,7 @@ from glasshouse.client.dictionaries.values import DictionaryInfo
 from glasshouse.client.generation import GenerationView
 from glasshouse.client.inputs import ChatMessageLike, InputLike, as_inputs
 from glasshouse.client.interventions import Intervention
+from glasshouse.client.monitors.sync import MonitorMethods
 from glasshouse.client.parsers import resource_name
 from glasshouse.client.positions import PositionsLike
 from glasshouse.client.readouts import ActivationDType, Readout
@@ -88,7 +89,7 @@ class Client(ClientAttribution):
         return Model(self._transport, self._transport.unary(calls.get_model(name), timeout))
 
 
-class Model(ConceptMethods, ModelAttribution):
+class Model(ConceptMethods, MonitorMethods, ModelAttribution):
     """A served model. Made by `Client.model`."""
 
     def __init__(self, transport: Transport, info: ModelInfo) -> None:
@@ -250,6 +251,8 @@ class Model(ConceptMethods, ModelAttribution):
         interventions: Sequence[Intervention] = (),
         readouts: Sequence[Readout] = (),
         abort_when: Condition | Sequence[Condition] = (),
+        labels: Mapping[str, str] | None = None,
+        allow_text_in_events: bool = False,
         timeout: float | None = None,
     ) -> GenerationStream:
         """Starts a generation; iterate for tokens as they come, or call `.result()`.
@@ -257,8 +260,9 @@ class Model(ConceptMethods, ModelAttribution):
         `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 keep all. A `seed` gives the same
         tokens whatever else the server does. `stop` strings end the text before them. `logprobs` asks for
         that many alternatives with each token. `abort_when`: a condition, or
-        several, made by `when`; as soon as one holds, the generation ends (`stream.abort`). Leaving a `with` block
-        cancels what has not finished.
+        several, made by `when`; as soon as one holds, the generation ends (`stream.abort`). `labels` say what the
+        request is about, for monitors to choose by; `allow_text_in_events` lets those that ask for it tell its text.
+        Leaving a `with` block cancels what has not finished.
         """
         call = calls.generate(
             self._name,
@@ -275,6 +279,8 @@ class Model(ConceptMethods, ModelAttribution):
             interventions=interventions,
             readouts=readouts,
             abort_when=abort_when,
+            labels=labels,
+            allow_text_in_events=allow_text_in_events,
         )
         return GenerationStream(call, self._transport.stream(call, timeout))
 

@@ -1079,8 +1079,11 @@ class WatchMonitorResponse(_message.Message):
 
     EVENTS_FIELD_NUMBER: _builtins.int
     EVENTS_DROPPED_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
     events_dropped: _builtins.int
     """Events of this watch that were dropped before these, because the reader was behind."""
+    start: _builtins.str
+    """In the first message: where a watch that breaks off before its first event is taken up again, as `after_event`."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___MonitorEvent]:
         """Events, the oldest first. None in the first message, which says that the watch is on."""
@@ -1090,10 +1093,11 @@ class WatchMonitorResponse(_message.Message):
         *,
         events: _abc.Iterable[Global___MonitorEvent] | None = ...,
         events_dropped: _builtins.int = ...,
+        start: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "events_dropped", b"events_dropped"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "events_dropped", b"events_dropped", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

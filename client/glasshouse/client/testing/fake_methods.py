@@ -10,6 +10,7 @@ from google.longrunning import operations_pb2
 
 from glasshouse.client.testing.fake_concept_services import FakeConceptServices
 from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
+from glasshouse.client.testing.fake_monitor_services import FakeMonitorServices
 from glasshouse.client.testing.fake_operations import FakeOperations
 from glasshouse.client.testing.fake_services import FakeServices
 from glasshouse.v1 import (
@@ -19,6 +20,7 @@ from glasshouse.v1 import (
     feature_labels_pb2,
     generation_pb2,
     models_pb2,
+    monitors_pb2,
     probes_pb2,
 )
 
@@ -134,6 +136,25 @@ def concept_methods(serve: FakeConceptServices) -> Services:
                 FakeMethod("ListFeatureLabels", labels.ListFeatureLabelsRequest, serve.list_feature_labels),
             ],
         ),
+    ]
+
+
+def monitor_methods(serve: FakeMonitorServices) -> Services:
+    """The service of monitors."""
+    pb = monitors_pb2
+    return [
+        (
+            "glasshouse.v1.MonitorService",
+            [
+                FakeMethod("CreateMonitor", pb.CreateMonitorRequest, serve.create_monitor),
+                FakeMethod("UpdateMonitor", pb.UpdateMonitorRequest, serve.update_monitor),
+                FakeMethod("GetMonitor", pb.GetMonitorRequest, serve.get_monitor),
+                FakeMethod("ListMonitors", pb.ListMonitorsRequest, serve.list_monitors),
+                FakeMethod("DeleteMonitor", pb.DeleteMonitorRequest, serve.delete_monitor),
+                FakeMethod("WatchMonitor", pb.WatchMonitorRequest, serve.watch_monitor, streams=True),
+                FakeMethod("ListMonitorEvents", pb.ListMonitorEventsRequest, serve.list_monitor_events),
+            ],
+        )
     ]
 
 

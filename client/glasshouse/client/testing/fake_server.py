@@ -20,9 +20,11 @@ from glasshouse.client.testing.fake_methods import (
     concept_methods,
     dictionary_methods,
     model_methods,
+    monitor_methods,
     operation_methods,
 )
 from glasshouse.client.testing.fake_model import FakeModel
+from glasshouse.client.testing.fake_monitor_services import FakeMonitorServices
 from glasshouse.client.testing.fake_operations import FakeOperations
 from glasshouse.client.testing.fake_services import FakeServices
 from glasshouse.wire import reasons
@@ -79,6 +81,8 @@ class FakeServer:
         self._services = FakeServices(models or [FakeModel(reply=reply)], chunk_bytes, tokens_per_event)
         self._operations = FakeOperations(operation_polls)
         self._dictionaries = FakeDictionaryServices(self._services.model, self._operations)
+        self._monitors = FakeMonitorServices(self._services.model)
+        self._services.flags = self._monitors.flags
         self._concepts = FakeConceptServices(self._services.model, self._operations)
         self.token_delay_s = token_delay_s
         self._api_key = api_key
@@ -158,6 +162,7 @@ class FakeServer:
             *model_methods(self._services),
             *dictionary_methods(self._dictionaries),
             *concept_methods(self._concepts),
+            *monitor_methods(self._monitors),
             *operation_methods(self._operations),
         )
         handlers = []

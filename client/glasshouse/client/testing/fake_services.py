@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from glasshouse.client.testing.fake_model import CONTEXT_LENGTH, EOS, FakeModel,
 from glasshouse.client.testing.fake_probes import FakeCondition, read_probe
 from glasshouse.v1 import (
     activations_pb2,
+    conditions_pb2,
     generation_pb2,
     inputs_pb2,
     interventions_pb2,
@@ -34,6 +35,10 @@ class FakeServices:
         self._models = {model.name: model for model in models}
         self._chunk_bytes = chunk_bytes
         self._tokens_per_event = tokens_per_event
+        # What monitors say of a generation.
+        self.flags: Callable[[generation_pb2.GenerateRequest], list[conditions_pb2.MonitorFlag]] = (
+            lambda request: []
+        )
 
     def list_models(self, request: models_pb2.ListModelsRequest) -> models_pb2.ListModelsResponse:
         """A page of models."""
@@ -202,6 +207,7 @@ class FakeServices:
             ),
             seed=seed,
             abort=abort,
+            flags=self.flags(request),
         )
         yield generation_pb2.GenerateResponse(finished=finished)
 

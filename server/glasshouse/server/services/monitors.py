@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from google.protobuf import timestamp_pb2
 
 from glasshouse.server.monitors.calibration import calibrate
-from glasshouse.server.monitors.events import Event, from_log, time_of
+from glasshouse.server.monitors.events import Event, from_log, new_id, time_of
 from glasshouse.server.monitors.room import MonitorRoom
 from glasshouse.server.monitors.running import Monitor
 from glasshouse.server.monitors.spec import DriftSpec, MonitorSpec
@@ -126,7 +126,7 @@ class MonitorServicer:
 
         subscription = self._room.bus.subscribe(wanted)
         try:
-            yield pb.WatchMonitorResponse()
+            yield pb.WatchMonitorResponse(start=request.after_event or new_id(datetime.now(tz=UTC)))
             seen: set[str] = set()
             if since is not None:
                 past, n_older = await self._past(model, reference, since)

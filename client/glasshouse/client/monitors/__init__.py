@@ -1,0 +1,1 @@
+"""Monitors: what watches live generations, and what it noticed."""
