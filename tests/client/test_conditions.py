@@ -309,3 +309,23 @@ def test_asyncio_has_the_same(server: FakeServer) -> None:
             assert float(tokens[-1].probes["vowels"]) == pytest.approx(0.1)
 
     asyncio.run(main())
+
+
+def test_what_is_published_can_be_read_and_added(model: Model) -> None:
+    examples = [("a", "yes"), ("b", "no")] * 4
+    probe = model.train_probe(examples, hook_points=[HOOK], name="mood").result(timeout=30)
+    direction = model.create_direction("toward", {HOOK: np.ones(8, np.float32)})
+    with model.generate(
+        "aab",
+        max_tokens=3,
+        interventions=[add_vector(direction, 2.0).when(probe, above=0.1)],
+        readouts=[read_probe(probe), read_activations(HOOK)],
+    ) as stream:
+        scores = stream.prompt_readouts.probes[probe.name]
+        list(stream)
+    assert scores.probe == probe.resource_name
+    np.testing.assert_allclose(scores.scores[-1, 0], float(probe.score("aab").scores[-1, 0]), rtol=1e-6)
+    assert stream.receipt[0].resources == [direction.resource_name, probe.resource_name]
+    probe.delete()
+    with pytest.raises(NotFoundError):
+        model.generate("aab", max_tokens=3, readouts=[read_probe(probe)]).result()

@@ -12,6 +12,7 @@ from glasshouse.client.testing import Failure, FakeServer
 CODES = {
     "INVALID_ARGUMENT": sdk.InvalidArgumentError,
     "NOT_FOUND": sdk.NotFoundError,
+    "ALREADY_EXISTS": sdk.AlreadyExistsError,
     "FAILED_PRECONDITION": sdk.FailedPreconditionError,
     "RESOURCE_EXHAUSTED": sdk.ResourceExhaustedError,
     "UNAUTHENTICATED": sdk.UnauthenticatedError,

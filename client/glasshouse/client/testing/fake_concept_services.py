@@ -15,14 +15,13 @@ from google.longrunning import operations_pb2
 from numpy.typing import NDArray
 
 from glasshouse.client.testing.failures import invalid, refused
-from glasshouse.client.testing.fake_model import D_MODEL, FakeModel, select
+from glasshouse.client.testing.fake_model import D_MODEL, FakeDirection, FakeModel, select
 from glasshouse.client.testing.fake_operations import FakeOperations
+from glasshouse.client.testing.fake_probes import share_of_vowels
 from glasshouse.client.testing.fake_services import PAGE
 from glasshouse.v1 import directions_pb2, examples_pb2, feature_labels_pb2, probes_pb2, provenance_pb2
 from glasshouse.wire import reasons
-from glasshouse.wire.tensors import pack
-
-_VOWELS = frozenset(b"aeiouAEIOU")
+from glasshouse.wire.tensors import pack, unpack
 
 
 class FakeConceptServices:
@@ -173,7 +172,9 @@ class FakeConceptServices:
             ids = model.token_ids(message, f"inputs[{index}]")
             selector = request.positions if request.HasField("positions") else None
             positions = select(selector, ids, len(ids))
-            scores = np.array([_vowels(ids[: p + 1], len(probe.columns)) for p in positions], np.float32)
+            scores = np.array(
+                [share_of_vowels(ids[: p + 1], len(probe.columns)) for p in positions], np.float32
+            )
             if not request.every_position and probe.pooling != examples_pb2.POOLING_TOKEN:
                 scores, positions = scores[-1:], positions[-1:]
             yield probes_pb2.ScoreProbeResponse(
@@ -240,6 +241,12 @@ class FakeConceptServices:
         made.name = f"models/{model.name}/{collection}/{wanted.name}@{version}"
         made.description = wanted.description
         versions[version] = type(made).FromString(made.SerializeToString())
+        if isinstance(made, probes_pb2.Probe):
+            model.probes.setdefault(wanted.name, {})[version] = tuple(made.columns)
+        elif isinstance(made, directions_pb2.Direction):
+            vectors = {at.hook_point: unpack(at.vector) for at in made.at}
+            held = FakeDirection(made.best_hook_point, vectors)
+            model.directions.setdefault(wanted.name, {})[version] = held
 
     def _find(self, collection: str, name: str, field: str = "name") -> Any:
         short, _, version = name.rpartition("/")[2].partition("@")
@@ -267,6 +274,9 @@ class FakeConceptServices:
         found = self._find(collection, name)
         short, _, version = found.name.rpartition("/")[2].partition("@")
         del self._kept[collection][short][int(version)]
+        model = self._model_of(found.name.split("/")[1])
+        held: dict[str, dict[str, dict[int, Any]]] = {"probes": model.probes, "directions": model.directions}
+        held.get(collection, {}).get(short, {}).pop(int(version), None)
         return [found.name]
 
 
@@ -345,11 +355,6 @@ def _report(probe: probes_pb2.Probe, n: int) -> probes_pb2.ProbeReport:
         n_folds=5,
         converged=True,
     )
-
-
-def _vowels(ids: Sequence[int], n_columns: int) -> list[float]:
-    share = sum(token in _VOWELS for token in ids) / len(ids)
-    return [share / (column + 1) for column in range(n_columns)]
 
 
 def _directions_metadata(phase: str, fraction: float, done: int, total: int) -> Any:

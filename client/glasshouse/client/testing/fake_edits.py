@@ -95,10 +95,7 @@ def covered(edit: interventions_pb2.Intervention, ids: Sequence[int], n_prompt: 
 
 
 def _resources(model: FakeModel, edit: interventions_pb2.Intervention) -> list[str]:
-    names = [
-        f"models/{model.name}/directions/{name.rpartition('/')[2].partition('@')[0]}@1"
-        for name in model.named_directions(edit)
-    ]
+    names = [model.direction(name, "direction")[0] for name in model.named_directions(edit)]
     if edit.condition.HasField("probe"):
         names.append(probe_labels(model, edit.condition.probe.probe, "condition")[0])
     return names

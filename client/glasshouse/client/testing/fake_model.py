@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,17 @@ from glasshouse.v1 import inputs_pb2, interventions_pb2, models_pb2, readouts_pb
 from glasshouse.wire import reasons
 from glasshouse.wire.tensors import TensorError, unpack
 
+T = TypeVar("T")
 BOS, EOS, VOCAB_SIZE = 256, 257, 258
 N_LAYERS, D_MODEL, N_HEADS, CONTEXT_LENGTH = 2, 8, 2, 512
+
+
+@dataclass(frozen=True)
+class FakeDirection:
+    """A direction: its best hook point, and its vectors by hook point."""
+
+    hook_point: str
+    at: Mapping[str, NDArray[Any]]
 
 
 class FakeModel:
@@ -38,8 +48,13 @@ class FakeModel:
             each.name: each
             for each in (FakeDictionary(f"resid-post-{layer}", layer) for layer in range(N_LAYERS))
         }
-        self.directions: dict[str, tuple[str, NDArray[np.float32]]] = {
-            "joy": ("blocks.1.hook_resid_post", np.arange(D_MODEL, dtype=np.float32))
+        # By name and version. What is published at run time is added by the services that publish.
+        at = "blocks.1.hook_resid_post"
+        self.directions = {"joy": {1: FakeDirection(at, {at: np.arange(D_MODEL, dtype=np.float32)})}}
+        # The labels of each probe's columns.
+        self.probes: dict[str, dict[int, tuple[str, ...]]] = {
+            "vowels": {1: ("vowel",)},
+            "letters": {1: ("vowel", "consonant")},
         }
 
     def info(self) -> models_pb2.Model:
@@ -192,23 +207,29 @@ class FakeModel:
             return self.dictionary(getattr(edit, kind).dictionary, f"{field}.{kind}.dictionary").hook_point
         if not edit.hook_point and kind is not None:
             for name in self.named_directions(edit):
-                return self.direction(name, f"{field}.{kind}")[0]
+                return self.direction(name, f"{field}.{kind}")[1].hook_point
         return self.resolve(edit.hook_point, f"{field}.hook_point")
 
-    def direction(self, name: str, field: str) -> tuple[str, NDArray[np.float32]]:
-        """The hook point and vector of a direction by its short or resource name, whatever its version."""
-        short = name.removeprefix(f"models/{self.name}/directions/").partition("@")[0]
-        if short in self.directions:
-            return self.directions[short]
-        raise refused(
-            "NOT_FOUND",
-            f"no direction {name!r}",
-            reason=reasons.RESOURCE_NOT_FOUND,
-            field=field,
-            value=name,
-            remedy="Use one that is there",
-            closest=tuple(difflib.get_close_matches(short, self.directions, n=3, cutoff=0.0)),
-        )
+    def concept(self, held: Mapping[str, dict[int, T]], kind: str, name: str, field: str) -> tuple[str, T]:
+        """The full name and the value of one of `held`, directions or probes, by its name in any form."""
+        short, _, wanted = name.removeprefix(f"models/{self.name}/{kind}s/").partition("@")
+        versions = held.get(short, {})
+        version = int(wanted) if wanted.isdecimal() else max(versions, default=0)
+        if version not in versions:
+            raise refused(
+                "NOT_FOUND",
+                f"no {kind} {name!r}",
+                reason=reasons.RESOURCE_NOT_FOUND,
+                field=field,
+                value=name,
+                remedy="Use one that is there",
+                closest=tuple(difflib.get_close_matches(short, held, n=3, cutoff=0.0)),
+            )
+        return f"models/{self.name}/{kind}s/{short}@{version}", versions[version]
+
+    def direction(self, name: str, field: str) -> tuple[str, FakeDirection]:
+        """The full name of a direction, and it."""
+        return self.concept(self.directions, "direction", name, field)
 
     def _named(self, edit: interventions_pb2.Intervention, part: str) -> str:
         """The direction's name that stands for a vector of an edit, or ""."""
@@ -223,7 +244,8 @@ class FakeModel:
     def _vector(self, edit: interventions_pb2.Intervention, part: str = "vector") -> NDArray[Any]:
         name = self._named(edit, part)
         if name:
-            return self.direction(name, part)[1]
+            direction = self.direction(name, part)[1]
+            return direction.at.get(edit.hook_point, direction.at[direction.hook_point])
         return unpack(getattr(getattr(edit, edit.WhichOneof("edit") or ""), part))
 
     def check_edit(self, edit: interventions_pb2.Intervention, field: str) -> None:

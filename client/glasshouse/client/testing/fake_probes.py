@@ -1,49 +1,50 @@
 """Probes and conditions of a fake model: scores anybody can predict.
 
 The probe "vowels" has one label, "vowel"; "letters" has two, "vowel" and "consonant". A score is 0.9 where the token
-is such a letter, else 0.1; its margin is the log-odds of that. A feature's score is its activation before any edit.
+is such a letter, else 0.1; its margin is the log-odds of that. A published probe scores by the share of vowels so far. A
+feature's score is its activation before any edit.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 
-from glasshouse.client.testing.failures import invalid, refused
+from glasshouse.client.testing.failures import invalid
 from glasshouse.client.testing.fake_model import FakeModel, select
 from glasshouse.v1 import conditions_pb2, inputs_pb2, readouts_pb2
 from glasshouse.wire import reasons
 
 VOWELS = frozenset(b"aeiouAEIOU")
-PROBES = {"vowels": ("vowel",), "letters": ("vowel", "consonant")}
 _HIT, _MISS = 0.9, 0.1
 
 
 def probe_labels(model: FakeModel, name: str, field: str) -> tuple[str, tuple[str, ...]]:
-    """A probe's resource name and its labels."""
-    short = name.removeprefix(f"models/{model.name}/probes/").partition("@")[0]
-    if short not in PROBES:
-        raise refused(
-            "NOT_FOUND",
-            f"no probe {name!r}",
-            reason=reasons.RESOURCE_NOT_FOUND,
-            field=field,
-            value=name,
-            remedy="Use vowels or letters",
-            closest=tuple(difflib.get_close_matches(short, PROBES, n=3, cutoff=0.0)),
-        )
-    return f"models/{model.name}/probes/{short}@1", PROBES[short]
+    """A probe's resource name and the labels of its columns."""
+    return model.concept(model.probes, "probe", name, field)
 
 
-def scores_at(labels: Sequence[str], token_id: int, output: int) -> list[float]:
+def share_of_vowels(ids: Sequence[int], n_columns: int) -> list[float]:
+    """What a published probe says of tokens: the same for every label but for a factor."""
+    share = sum(token in VOWELS for token in ids) / len(ids)
+    return [share / (column + 1) for column in range(n_columns)]
+
+
+def _scores_at(
+    probe: tuple[str, tuple[str, ...]], ids: Sequence[int], position: int, output: int
+) -> list[float]:
     """One score a label."""
-    is_vowel = token_id in VOWELS
-    is_letter = token_id < 256 and chr(token_id).isascii() and chr(token_id).isalpha()
-    hits = {"vowel": is_vowel, "consonant": is_letter and not is_vowel}
-    scores = [_HIT if hits[label] else _MISS for label in labels]
+    labels = probe[1]
+    token_id = ids[position]
+    if set(labels) <= {"vowel", "consonant"}:
+        is_vowel = token_id in VOWELS
+        is_letter = token_id < 256 and chr(token_id).isascii() and chr(token_id).isalpha()
+        hits = {"vowel": is_vowel, "consonant": is_letter and not is_vowel}
+        scores = [_HIT if hits[label] else _MISS for label in labels]
+    else:
+        scores = share_of_vowels(ids[: position + 1], len(labels))
     if output == conditions_pb2.PROBE_OUTPUT_MARGIN:
-        return [math.log(score / (1 - score)) for score in scores]
+        return [math.log(max(score, 1e-6) / max(1 - score, 1e-6)) for score in scores]
     return scores
 
 
@@ -51,10 +52,10 @@ def read_probe(
     model: FakeModel, what: readouts_pb2.ReadProbe, ids: Sequence[int], positions: Iterable[int], field: str
 ) -> readouts_pb2.ProbeScoreRows:
     """Its scores at some positions."""
-    name, labels = probe_labels(model, what.probe, f"{field}.probe.probe")
-    rows = [scores_at(labels, ids[position], what.output) for position in positions]
+    probe = probe_labels(model, what.probe, f"{field}.probe.probe")
+    rows = [_scores_at(probe, ids, position, what.output) for position in positions]
     return readouts_pb2.ProbeScoreRows(
-        labels=labels, scores=[score for row in rows for score in row], probe=name
+        labels=probe[1], scores=[score for row in rows for score in row], probe=probe[0]
     )
 
 
@@ -96,8 +97,8 @@ class FakeCondition:
             dictionary = self._model.dictionary(message.feature.dictionary, self._field)
             features = dictionary.encode(self._model.activations(dictionary.hook_point, ids, looked_at))
             return dict(zip(looked_at, features[:, message.feature.feature].tolist()))
-        _, labels = probe_labels(self._model, message.probe.probe, self._field)
-        return {p: scores_at(labels, ids[p], message.probe.output)[self._column] for p in looked_at}
+        probe = probe_labels(self._model, message.probe.probe, self._field)
+        return {p: _scores_at(probe, ids, p, message.probe.output)[self._column] for p in looked_at}
 
     def passed(self, ids: Sequence[int], n_prompt: int) -> dict[int, float]:
         """The positions where it holds, with the score there (of the prompt as one: its aggregate)."""
