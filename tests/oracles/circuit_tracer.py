@@ -24,41 +24,28 @@ PYTHON = Path(os.environ.get("GLASSHOUSE_PEERS_PYTHON", str(ROOT / ".cache/peers
 SCRIPT = ROOT / "tests/server/attribution/peers/trace_circuit_tracer.py"
 
 
-class CircuitTracer:
-    """A context manager. `folder` already holds the model's Hugging Face folder as `model`."""
+class Worker:
+    """A process that is told to work by a line and answers with seconds and bytes. A context manager."""
 
-    def __init__(
-        self,
-        folder: Path,
-        dictionaries: Sequence[Dictionary],
-        tokens: Sequence[int],
-        *,
-        batch_size: int = 512,
-        max_features: int | None = None,
-        threads: int = 1,
-    ) -> None:
-        self.folder = folder
-        ask = {
-            "tokens": list(tokens),
-            "batch_size": batch_size,
-            "max_features": max_features,
-            "cross_layer": len(dictionaries) == 1,
-            "threads": threads,
-        }
-        (folder / "ask.json").write_text(json.dumps(ask))
-        save_file(_tensors(dictionaries), folder / "transcoders.safetensors")
-        self._errors = (folder / "errors.txt").open("w+")
-        self._threads = threads
+    def __init__(self, command: Sequence[str], log: Path, threads: int) -> None:
+        self._command, self._threads = command, threads
+        self._errors = log.open("w+")
 
     def __enter__(self) -> Self:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(self._threads)}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(self._threads),
+            "MKL_NUM_THREADS": str(self._threads),
+        }
         self._process = subprocess.Popen(
-            [str(PYTHON), str(SCRIPT), str(self.folder)],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env=environment,
+            cwd=ROOT,
         )
         self._answer()
         return self
@@ -71,24 +58,50 @@ class CircuitTracer:
         self._errors.close()
 
     def trace(self, *, save: bool = False) -> tuple[float, int]:
-        """Seconds, and bytes of memory at the peak. `save`: `graph` then reads the result."""
+        """Seconds, and bytes of memory at the peak."""
         assert self._process.stdin is not None
         self._process.stdin.write("save\n" if save else "go\n")
         self._process.stdin.flush()
         seconds, peak = self._answer().split()
         return float(seconds), int(peak)
 
-    def graph(self) -> dict[str, Tensor]:
-        """What was saved."""
-        return load_file(self.folder / "graph.safetensors")
-
     def _answer(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            raise RuntimeError(f"circuit-tracer ended: {self._errors.read()[-3000:]}")
+            raise RuntimeError(f"{self._command[1]} ended: {self._errors.read()[-3000:]}")
         return line.strip()
+
+
+class CircuitTracer(Worker):
+    """`folder` already holds the model's Hugging Face folder as `model`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dictionaries: Sequence[Dictionary],
+        tokens: Sequence[int],
+        *,
+        batch_size: int = 512,
+        max_features: int | None = None,
+        threads: int = 1,
+    ) -> None:
+        ask = {
+            "tokens": list(tokens),
+            "batch_size": batch_size,
+            "max_features": max_features,
+            "cross_layer": len(dictionaries) == 1,
+            "threads": threads,
+        }
+        (folder / "ask.json").write_text(json.dumps(ask))
+        save_file(_tensors(dictionaries), folder / "transcoders.safetensors")
+        super().__init__([str(PYTHON), str(SCRIPT), str(folder)], folder / "errors.txt", threads)
+        self.folder = folder
+
+    def graph(self) -> dict[str, Tensor]:
+        """What was saved last."""
+        return load_file(self.folder / "graph.safetensors")
 
 
 def _tensors(dictionaries: Sequence[Dictionary]) -> dict[str, Tensor]:

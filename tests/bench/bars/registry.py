@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from ..harness import Report
 from ..workbench import Workbench
 from . import (
+    attribution,
     attribution_latency,
     concurrency,
     dictionaries,
@@ -31,5 +32,6 @@ BARS: Mapping[str, Bar] = {
     "extraction": extraction.run,
     "features": features.run,
     "dictionaries": dictionaries.run,
+    "attribution": attribution.run,
     "attribution_latency": attribution_latency.run,
 }
