@@ -20,6 +20,7 @@ import structlog
 
 from glasshouse.server.probes import built_in
 from glasshouse.server.probes.built_in import BuiltIn
+from glasshouse.server.probes.feature_labels import FeatureNames
 from glasshouse.server.probes.saved import Saved, SavedDirection, SavedProbe, saved_of
 from glasshouse.server.registry.names import Kind, Reference
 from glasshouse.server.registry.records import Draft, Record
@@ -45,7 +46,7 @@ Name = tuple[Kind, str, str]
 
 
 class ConceptLibrary:
-    """What a server knows of directions and probes. Safe to use from several threads."""
+    """What a server knows of directions and probes, and of what features are called. Safe to use from several threads."""
 
     def __init__(self, registry: Registry | None = None, *, max_cache_bytes: int = MAX_CACHE_BYTES) -> None:
         self._registry = registry
@@ -54,6 +55,7 @@ class ConceptLibrary:
         self._lock = threading.Lock()
         self._held: OrderedDict[Reference, Saved] = OrderedDict()
         self._latest: dict[Name, int] = {}
+        self.feature_names = FeatureNames(registry)
         self._changes = 0
         self._watch: RegistryWatch | None = None
         self._stopping = threading.Event()
@@ -264,6 +266,8 @@ class ConceptLibrary:
                     self._held.pop(record.reference, None)
 
     def _forget(self, name: Name) -> None:
+        if name[0] is Kind.FEATURE_LABELS:
+            self.feature_names.forget()
         with self._lock:
             self._changes += 1
             self._latest.pop(name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 
 import numpy as np
@@ -18,6 +18,7 @@ from glasshouse.server.engines.feature_reading import EncodedInput, Wanted
 from glasshouse.server.monitors.room import MonitorRoom
 from glasshouse.server.operations.evaluate_dictionary import DictionaryEvaluation, evaluate
 from glasshouse.server.operations.manager import OperationManager, Progress
+from glasshouse.server.probes.library import ConceptLibrary
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.server.types.limits import Limits
 from glasshouse.server.types.readouts import FeatureRows, TopTokens
@@ -56,8 +57,10 @@ class DictionaryServicer:
         limits: Limits,
         operations: OperationManager,
         monitors: MonitorRoom | None = None,
+        library: ConceptLibrary | None = None,
     ) -> None:
         self._catalogue = catalogue
+        self._library = library or ConceptLibrary()
         self._monitors = monitors
         self._limits = limits
         self._operations = operations
@@ -228,8 +231,9 @@ class DictionaryServicer:
         nearest = await asyncio.to_thread(
             feature_reading.nearest, held.dictionary, request.feature, n_nearest
         )
+        label = (await self._names(model, held, [request.feature])).get(request.feature, "")
         response = pb.GetFeatureResponse(
-            feature=feature_message(model, held, request.feature),
+            feature=feature_message(model, held, request.feature, label),
             nearest=[pb.NearestFeature(index=index, cosine=cosine) for index, cosine in nearest],
         )
         contributions = await asyncio.to_thread(_contributions, model, held, request.feature)
@@ -249,8 +253,11 @@ class DictionaryServicer:
         indices, token = page(
             order, page_size=request.page_size, page_token=request.page_token, default=100, most=1000
         )
+        shown = [int(index) for index in indices]
+        names = await self._names(model, held, shown)
         return pb.ListFeaturesResponse(
-            features=[feature_message(model, held, int(index)) for index in indices], next_page_token=token
+            features=[feature_message(model, held, index, names.get(index, "")) for index in shown],
+            next_page_token=token,
         )
 
     async def EvaluateDictionary(
@@ -273,6 +280,16 @@ class DictionaryServicer:
 
         operation = self._operations.submit("EvaluateDictionary", work)
         return operation_message(operation)
+
+    async def _names(
+        self, model: ServedModel, held: HeldDictionary, features: Sequence[int]
+    ) -> Mapping[int, str]:
+        """What somebody said that features stand for."""
+        if not self._library.has_registry:
+            return {}
+        return await asyncio.to_thread(
+            self._library.feature_names.of, model.engine.info.name, held.name, features
+        )
 
     def _find(self, name: str, field: str) -> tuple[ServedModel, HeldDictionary]:
         """The dictionary of a resource name, `models/{model}/dictionaries/{dictionary}`, or of its last part."""

@@ -69,12 +69,13 @@ async def dictionary_message(model: ServedModel, held: HeldDictionary) -> pb.Dic
     return message
 
 
-def feature_message(model: ServedModel, held: HeldDictionary, index: int) -> pb.Feature:
-    """A feature with its norm and density."""
+def feature_message(model: ServedModel, held: HeldDictionary, index: int, label: str = "") -> pb.Feature:
+    """A feature with its norm, its density and what it is called."""
     message = pb.Feature(
         name=f"{resource_name(model, held)}/features/{index}",
         index=index,
         decoder_norm=float(held.dictionary.decoder_norms[index]),
+        label=label,
     )
     if held.check is not None:
         message.density = float(held.check.density[index])

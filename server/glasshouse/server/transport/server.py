@@ -100,7 +100,9 @@ class Server:
                 catalogue, limits, settings.streams, monitors
             ),
             "glasshouse.v1.ActivationService": ActivationServicer(catalogue, limits),
-            "glasshouse.v1.DictionaryService": DictionaryServicer(catalogue, limits, operations, monitors),
+            "glasshouse.v1.DictionaryService": DictionaryServicer(
+                catalogue, limits, operations, monitors, library
+            ),
             "glasshouse.v1.DirectionService": DirectionServicer(catalogue, limits, operations, library),
             "glasshouse.v1.ProbeService": ProbeServicer(catalogue, limits, operations, library),
             "glasshouse.v1.FeatureLabelService": FeatureLabelServicer(catalogue, library),
