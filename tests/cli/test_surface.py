@@ -10,6 +10,12 @@ from glasshouse.cli.main import app
 
 CONNECTION = {"--target", "--api-key", "--tls", "--tls-ca", "--timeout", "--json"}
 EDITS = {"--steer", "--ablate", "--positions"}
+EXPLAINED = (
+    CONNECTION
+    | {"--model", "--output", "-o", "--answer", "--versus", "--metric", "--position"}
+    | {"--of-feature", "--of-probe", "--of-direction"}
+)
+SWEPT = {"CLEAN", "CORRUPT", "--denoise", "--ablate", "--others", "--seed"}
 SURFACE = {
     "models": CONNECTION,
     "hook-points": CONNECTION | {"--model", "--layer", "--grep"},
@@ -61,6 +67,46 @@ SURFACE = {
     "monitors delete": CONNECTION | {"NAME", "--model"},
     "monitors watch": CONNECTION | {"NAME", "--model", "--since", "--kind", "--count"},
     "monitors events": CONNECTION | {"NAME", "--model", "--limit"},
+    "graph": CONNECTION
+    | {
+        "PROMPT",
+        "--model",
+        "--output",
+        "-o",
+        "--answer",
+        "--transcoder",
+        "--node-threshold",
+        "--edge-threshold",
+    }
+    | {"--max-features", "--max-logits", "--notes", "--from", "--estimate"},
+    "graphs": CONNECTION | {"--delete"},
+    "attribute tokens": EXPLAINED | {"TEXT", "--hook-point", "--method", "--steps", "--baseline", "--top"},
+    "attribute direct": CONNECTION
+    | {"TEXT", "--model", "--output", "-o", "--answer", "--versus", "--position", "--dictionary", "--top"},
+    "attribute features": EXPLAINED | {"TEXT", "--dictionary", "--method", "--steps", "--baseline", "--top"},
+    "attribute patch": EXPLAINED | SWEPT | {"--component", "--layer", "--by-head", "--positions", "--top"},
+    "attribute heads": EXPLAINED | SWEPT | {"--component", "--layer", "--top"},
+    "attribute mediate": EXPLAINED
+    | {"CLEAN", "CORRUPT", "--component", "--layer", "--by-head", "--positions", "--top"},
+    "attribute nodes": EXPLAINED | {"CLEAN", "CORRUPT", "--component", "--star", "--verify", "--top"},
+    "attribute edges": EXPLAINED | {"CLEAN", "CORRUPT", "--steps", "--verify", "--top"},
+    "attribute paths": EXPLAINED | {"CLEAN", "CORRUPT", "--sender", "--receiver", "--denoise", "--hold-mlps"},
+    "attribute circuit": EXPLAINED | {"CLEAN", "CORRUPT", "--threshold", "--edges", "--estimate"},
+    "attribute connections": CONNECTION
+    | {"LAYER", "FEATURE", "--model", "--transcoder", "--top", "--output", "-o"},
+    "attribute intervene": CONNECTION
+    | {
+        "TEXT",
+        "--model",
+        "--set",
+        "--mode",
+        "--transcoder",
+        "--token",
+        "--generate",
+        "--seed",
+        "--output",
+        "-o",
+    },
     "version": {"--json"},
     "serve": {"[OPTIONS]"},
 }

@@ -13,10 +13,12 @@ from typer.core import TyperGroup
 
 from glasshouse.cli import (
     activations,
+    attribution,
     dictionaries,
     directions,
     features,
     generate,
+    graph,
     models,
     monitors,
     probes,
@@ -24,6 +26,7 @@ from glasshouse.cli import (
     serve,
     version,
 )
+from glasshouse.cli.connected import connecting
 
 
 class Commands(TyperGroup):
@@ -68,6 +71,9 @@ app.command("evaluate-dictionary")(dictionaries.evaluate_dictionary)
 app.add_typer(directions.app, name="directions")
 app.add_typer(probes.app, name="probes")
 app.add_typer(monitors.app, name="monitors")
+app.command("graph")(connecting(graph.graph))
+app.command("graphs")(graph.graphs)
+app.add_typer(attribution.app, name="attribute")
 app.command("version")(version.version)
 app.command("serve", context_settings=serve.UNTOUCHED)(serve.serve)
 

@@ -146,9 +146,8 @@ def graph_scores(edges: Edges, weights: Floats, *, is_token: Mask, is_error: Mas
     influence = edges.influence(weights)
     tokens, errors = float(influence[is_token].sum()), float(influence[is_error].sum())
     importance = influence + weights
-    has_input = _marked(len(weights), edges.targets)
-    whole = float(importance[has_input].sum())
-    explained = float(((1 - edges.share_from(is_error)) * importance)[has_input].sum())
+    whole = float(importance.sum())
+    explained = float(((1 - edges.share_from(is_error)) * importance).sum())
     return GraphScores(
         replacement=tokens / (tokens + errors) if tokens + errors else float("nan"),
         completeness=explained / whole if whole else float("nan"),

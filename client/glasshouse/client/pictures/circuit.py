@@ -45,7 +45,7 @@ def circuit_diagram(
     title: str, edges: Sequence[tuple[str, str]], values: Array | None = None, *, unit: str = ""
 ) -> CircuitDiagram:
     """The diagram of edges between labels such as "embed", "a3.h1", "m2" and, where they arrive, "a3.h1.q" and
-    "logits". Without values every edge counts one.
+    "logits". Without values every edge counts one, and is drawn lightly.
     """
     read = [(_place(source), _place(target)) for source, target in edges]
     placed = sorted({place for pair in read for place, _ in pair})
@@ -60,6 +60,7 @@ def circuit_diagram(
         ports=[port for _, (_, port) in read],
         values=np.ones(len(edges)) if values is None else np.asarray(values, dtype=np.float64),
         unit=unit,
+        scale=4.0 if values is None else None,
     )
 
 

@@ -1,6 +1,6 @@
 """An attribution graph as one interactive page: no network, no library, light or dark.
 
-The page is `graph/page.html` with its style, its script and the graph put in. Nodes stay as the viewer's JSON has
+The page is `graph/page.html` with its style, its script and the graph put in. Nodes are as the viewer's JSON has
 them; edges, of which there may be hundreds of thousands, go in as packed arrays. What the page may hold is bounded:
 of a larger graph the most influential nodes and the edges with the highest scores, as pruning ranks them.
 """
@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from glasshouse.client.arrays import Array
+from glasshouse.client.attribution.graph import AttributionGraph
+from glasshouse.client.attribution.viewer import viewer_graph
 
 MAX_NODES = 4_000
 MAX_EDGES = 600_000
@@ -47,8 +49,29 @@ class _Edges:
         return _Edges(sources=self.sources[keep], targets=self.targets[keep], weights=self.weights[keep])
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _View:
+    """A graph as the page draws it. `reach`: the thresholds it was pruned at. scores: of the whole graph, if known."""
+
+    nodes: list[Mapping[str, Any]]
+    edges: _Edges
+    metadata: dict[str, Any]
+    marks: dict[str, Any]
+    reach: dict[str, float]
+    scores: dict[str, float] | None
+
+    @property
+    def ranks(self) -> Array:
+        """(n,) int64: tokens below every layer, logits above."""
+        kinds = [node["feature_type"] for node in self.nodes]
+        layers = [0 if kind in (_TOKEN, _LOGIT) else int(n["layer"]) for n, kind in zip(self.nodes, kinds)]
+        top = max(layers, default=0) + 1
+        ranks = [-1 if kind == _TOKEN else top if kind == _LOGIT else at for kind, at in zip(kinds, layers)]
+        return np.array(ranks, dtype=np.int64)
+
+
 def graph_page(
-    graph: Mapping[str, Any],
+    graph: AttributionGraph | Mapping[str, Any],
     *,
     notes: Mapping[tuple[int, int], FeatureNote] | None = None,
     node_threshold: float = 0.8,
@@ -58,8 +81,8 @@ def graph_page(
 ) -> str:
     """The page's HTML.
 
-    `graph` is a graph in the viewer's JSON. `notes` tell of features by (layer, index). The sliders start at the
-    thresholds, and reach to what the graph was pruned at. Raises ValueError where `graph` is not such a graph.
+    `graph` is whole, or pruned, or in the viewer's JSON. `notes` tell of features by (layer, index). The sliders start at
+    the thresholds, and reach to what the graph was pruned at. Raises ValueError where `graph` is not such a graph.
     """
     data = page_data(
         graph,
@@ -79,7 +102,7 @@ def graph_page(
 
 
 def page_data(
-    graph: Mapping[str, Any],
+    graph: AttributionGraph | Mapping[str, Any],
     *,
     notes: Mapping[tuple[int, int], FeatureNote] | None = None,
     node_threshold: float = 0.8,
@@ -88,34 +111,67 @@ def page_data(
     max_edges: int = MAX_EDGES,
 ) -> dict[str, Any]:
     """What the page's script draws; arguments as `graph_page` has them."""
+    view = _of_graph(graph) if isinstance(graph, AttributionGraph) else _of_json(graph)
+    if len(view.nodes) > max_nodes:
+        view = _strongest_nodes(view, max_nodes)
+    if len(view.edges.weights) > max_edges:
+        view = _strongest_edges(view, max_edges)
+    number = np.dtype("<u4" if len(view.nodes) > 0xFFFF else "<u2")
+    return {
+        "metadata": view.metadata,
+        "qParams": view.marks,
+        "nodes": view.nodes,
+        "features": {f"{layer}/{index}": _told(note) for (layer, index), note in (notes or {}).items()},
+        "limits": view.reach,
+        "thresholds": {
+            "node": min(node_threshold, view.reach["node"]),
+            "edge": min(edge_threshold, view.reach["edge"]),
+        },
+        "scores": view.scores,
+        "sources": _packed(view.edges.sources, number),
+        "targets": _packed(view.edges.targets, number),
+        "weights": _packed(view.edges.weights, np.dtype("<f4")),
+    }
+
+
+def _of_graph(graph: AttributionGraph) -> _View:
+    """Nodes by number, so that no id stands for two of them."""
+    edges = graph.edges
+    bare = viewer_graph(graph.select(graph.kept, np.zeros(len(edges), dtype=np.bool_)))
+    number = np.cumsum(graph.kept) - 1
+    inside = edges.between(graph.kept)
+    found = _Edges(
+        sources=number[edges.sources[inside]],
+        targets=number[edges.targets[inside]],
+        weights=edges.weights[inside],
+    )
+    node_threshold, edge_threshold = graph.thresholds or (1.0, 1.0)
+    scores = graph.info.scores
+    return _View(
+        nodes=bare["nodes"],
+        edges=found.select(np.argsort(found.targets, kind="stable")),
+        metadata=bare["metadata"],
+        marks=bare["qParams"],
+        reach={"node": node_threshold, "edge": edge_threshold},
+        scores={"replacement": scores.replacement, "completeness": scores.completeness},
+    )
+
+
+def _of_json(graph: Mapping[str, Any]) -> _View:
     try:
         nodes, metadata = list(graph["nodes"]), dict(graph["metadata"])
-        ranks = _ranks(nodes)
-        edges = _numbered(nodes, ranks, graph["links"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not an attribution graph: no {error}") from None
-    applied = metadata.get("pruning_settings") or {}
-    limits = {name: float(applied.get(f"{name}_threshold") or 1.0) for name in ("node", "edge")}
-    if len(nodes) > max_nodes:
-        nodes, ranks, edges, limits["node"] = _strongest_nodes(nodes, ranks, edges, max_nodes, limits["node"])
-    if len(edges.weights) > max_edges:
-        edges, share = _strongest_edges(nodes, ranks, edges, max_edges)
-        limits["edge"] *= share
-    number = np.dtype("<u4" if len(nodes) > 0xFFFF else "<u2")
-    return {
-        "metadata": metadata,
-        "qParams": dict(graph.get("qParams") or {}),
-        "nodes": nodes,
-        "features": {f"{layer}/{index}": _told(note) for (layer, index), note in (notes or {}).items()},
-        "limits": limits,
-        "thresholds": {
-            "node": min(node_threshold, limits["node"]),
-            "edge": min(edge_threshold, limits["edge"]),
-        },
-        "sources": _packed(edges.sources, number),
-        "targets": _packed(edges.targets, number),
-        "weights": _packed(edges.weights, np.dtype("<f4")),
-    }
+        applied = metadata.get("pruning_settings") or {}
+        view = _View(
+            nodes=nodes,
+            edges=_Edges(sources=np.zeros(0), targets=np.zeros(0), weights=np.zeros(0)),
+            metadata=metadata,
+            marks=dict(graph.get("qParams") or {}),
+            reach={name: float(applied.get(f"{name}_threshold") or 1.0) for name in ("node", "edge")},
+            scores=None,
+        )
+        return replace(view, edges=_numbered(view, graph["links"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an attribution graph: {error}") from None
 
 
 def _asset(name: str) -> str:
@@ -135,18 +191,7 @@ def _told(note: FeatureNote) -> dict[str, Any]:
     }
 
 
-def _ranks(nodes: Sequence[Mapping[str, Any]]) -> Array:
-    """(n,) int64: tokens below every layer, logits above."""
-    kinds = [node["feature_type"] for node in nodes]
-    layers = [int(node["layer"]) if kind not in (_TOKEN, _LOGIT) else 0 for node, kind in zip(nodes, kinds)]
-    top = max(layers, default=0) + 1
-    return np.array(
-        [-1 if kind == _TOKEN else top if kind == _LOGIT else layer for kind, layer in zip(kinds, layers)],
-        dtype=np.int64,
-    )
-
-
-def _numbered(nodes: Sequence[Mapping[str, Any]], ranks: Array, links: Sequence[Mapping[str, Any]]) -> _Edges:
+def _numbered(view: _View, links: Sequence[Mapping[str, Any]]) -> _Edges:
     """Links between ids as edges between node numbers.
 
     An error of layer l shares its id with feature l of layer 0 at its position. Errors have no inputs, so a target
@@ -155,7 +200,8 @@ def _numbered(nodes: Sequence[Mapping[str, Any]], ranks: Array, links: Sequence[
     """
     features: dict[str, int] = {}
     errors: dict[str, int] = {}
-    for number, node in enumerate(nodes):
+    ranks = view.ranks
+    for number, node in enumerate(view.nodes):
         (errors if node["feature_type"] == _ERROR else features)[node["node_id"]] = number
     shared = features.keys() & errors.keys()
     sources, targets, seen = [], [], set()
@@ -176,34 +222,35 @@ def _numbered(nodes: Sequence[Mapping[str, Any]], ranks: Array, links: Sequence[
     return found.select(np.argsort(found.targets, kind="stable"))
 
 
-def _strongest_nodes(
-    nodes: list[Mapping[str, Any]], ranks: Array, edges: _Edges, most: int, limit: float
-) -> tuple[list[Mapping[str, Any]], Array, _Edges, float]:
-    """Tokens, logits, and the features and errors of the least cumulative influence; what they reach to."""
-    always = np.array([node["feature_type"] in (_TOKEN, _LOGIT) for node in nodes])
-    reached = np.array([limit if node["influence"] is None else node["influence"] for node in nodes])
+def _strongest_nodes(view: _View, most: int) -> _View:
+    """Tokens, logits, and the features and errors of the least cumulative influence."""
+    always = np.array([node["feature_type"] in (_TOKEN, _LOGIT) for node in view.nodes])
+    limit = view.reach["node"]
+    reached = np.array([limit if node["influence"] is None else node["influence"] for node in view.nodes])
     optional = np.flatnonzero(~always)
     chosen = optional[np.argsort(reached[optional], kind="stable")[: max(0, most - int(always.sum()))]]
     keep = always.copy()
     keep[chosen] = True
     number = np.cumsum(keep) - 1
-    left = edges.select(keep[edges.sources] & keep[edges.targets])
-    left = _Edges(sources=number[left.sources], targets=number[left.targets], weights=left.weights)
-    kept = [node for node, stays in zip(nodes, keep.tolist()) if stays]
-    return kept, ranks[keep], left, float(reached[chosen].max(initial=0.0))
+    left = view.edges.select(keep[view.edges.sources] & keep[view.edges.targets])
+    return replace(
+        view,
+        nodes=[node for node, stays in zip(view.nodes, keep.tolist()) if stays],
+        edges=_Edges(sources=number[left.sources], targets=number[left.targets], weights=left.weights),
+        reach={**view.reach, "node": float(reached[chosen].max(initial=0.0))},
+    )
 
 
-def _strongest_edges(
-    nodes: Sequence[Mapping[str, Any]], ranks: Array, edges: _Edges, most: int
-) -> tuple[_Edges, float]:
-    """The edges of the highest scores, share of the target's input times its influence; their share of the sum."""
+def _strongest_edges(view: _View, most: int) -> _View:
+    """The edges of the highest scores: the share of the target's input times its influence."""
+    edges, nodes = view.edges, view.nodes
     magnitudes = np.abs(edges.weights).astype(np.float64)
     sums = np.bincount(edges.targets, weights=magnitudes, minlength=len(nodes))
     shares = magnitudes / np.maximum(sums, _LEAST)[edges.targets]
     flow = np.array(
         [node["token_prob"] if node["feature_type"] == _LOGIT else 0.0 for node in nodes], dtype=np.float64
     )
-    heard = ranks[edges.targets]
+    heard = view.ranks[edges.targets]
     for rank in np.unique(heard)[::-1]:
         here = heard == rank
         arriving = flow[edges.targets[here]] * shares[here]
@@ -211,4 +258,5 @@ def _strongest_edges(
     scores = shares * flow[edges.targets]
     keep = np.zeros(len(scores), dtype=bool)
     keep[np.argpartition(-scores, most)[:most]] = True
-    return edges.select(keep), float(scores[keep].sum() / max(scores.sum(), _LEAST))
+    share = float(scores[keep].sum() / max(scores.sum(), _LEAST))
+    return replace(view, edges=edges.select(keep), reach={**view.reach, "edge": view.reach["edge"] * share})

@@ -257,10 +257,12 @@ function chooseTheme(theme) { themeChosen = true; setTheme(theme); }
 
 (function start() {
   const { metadata } = packed;
-  document.title = "Why? " + metadata.prompt;
+  const special = /^<[^<>\s]+>$/.test(tokenAt(0)) && metadata.prompt.startsWith(tokenAt(0)); // Such as <|bos|>.
+  const asked = special ? metadata.prompt.slice(tokenAt(0).length) : metadata.prompt;
+  document.title = "Why? " + asked;
   const best = graph.order.filter(i => graph.kind[i] === LOGIT).sort((a, b) => graph.start[b] - graph.start[a])[0];
   const prompt = make("span");
-  prompt.append(make("bdi", "", visible(metadata.prompt)));
+  prompt.append(make("bdi", "", visible(asked)));
   byId("prompt").append(prompt, ...(best === undefined ? [] : [make("small", "", "\u2192"), make("b", "", label(best))]));
   byId("prompt").title = metadata.prompt;
   const sets = metadata.transcoder_list || [];
