@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import ml_dtypes
@@ -57,6 +58,20 @@ class SiteCapture:
     columns_N: Tensor | None
     tensor: Tensor | None = None
 
+    @cached_property
+    def plain(self) -> list[Share]:
+        """The shares of a pass of one token a row whose value is the activation itself."""
+        return [share for share in self.shares if share.readout.is_plain]
+
+    @cached_property
+    def lenses(self) -> dict[int, list[Share]]:
+        """The shares read as logits, by their top_k."""
+        grouped: dict[int, list[Share]] = {}
+        for share in self.shares:
+            if share.readout.lens_top_k:
+                grouped.setdefault(share.readout.lens_top_k, []).append(share)
+        return grouped
+
     def take(self, tensor: Tensor, *, may_change: bool) -> None:
         """Captures from the live (B, T, W) activation, or the (B, H, T, S) attention map."""
         if self.point.kind == "attention" or self.rows_N is None:
@@ -79,13 +94,23 @@ class SiteCapture:
 
     def rows_of(self, shares: Sequence[Share]) -> Tensor:
         """The cells of shares of one position each, (n, W), in one gather."""
+        return self.pick(self.places_of(shares))
+
+    def places_of(self, shares: Sequence[Share]) -> list[int]:
+        """Where the cells of shares of one position each lie: the same at every step of a plan."""
+        return [share.row if self.rows_N is None else share.offset for share in shares]
+
+    @property
+    def everything(self) -> Tensor:
+        """All its cells (n, W), of a pass of one token a row."""
         assert self.tensor is not None, f"{self.point.name} was planned and did not run"
-        if self.rows_N is not None:
-            places = [share.offset for share in shares]
-            cells = self.tensor
-        else:
-            places = [share.row for share in shares]
-            cells = self.tensor[:, 0]
+        return self.tensor if self.rows_N is not None else self.tensor[:, 0]
+
+    def pick(self, places: Sequence[int] | Tensor) -> Tensor:
+        """The cells (n, W) at `places`, of a pass of one token a row."""
+        cells = self.everything
+        if isinstance(places, Tensor):
+            return cells[places]
         if len(places) == cells.shape[0] and places == list(range(len(places))):
             return cells
         return cells[torch.tensor(places, device=cells.device)]
@@ -99,6 +124,11 @@ class CapturePlan:
     valid_steps: int | None = None
     # Made when a step's probes are first scored.
     scoring: StepScoring | None = None
+
+    @cached_property
+    def reads_features(self) -> bool:
+        """Whether any readout is of a dictionary."""
+        return any(share.readout.dictionary is not None for _, share in self)
 
     def __iter__(self) -> Iterator[tuple[SiteCapture, Share]]:
         for site in self.sites.values():

@@ -19,7 +19,7 @@ from glasshouse.server.types.readouts import (
     TopTokens,
 )
 
-from .capture import CapturePlan, Share, SiteCapture, to_host
+from .capture import CapturePlan, to_host
 from .features import FeatureTable, concatenate, encode_captures, encode_step
 from .lens import top_tokens
 from .prepared import PreparedReadout
@@ -37,10 +37,8 @@ def collect_step(plan: CapturePlan, lens: Lens, stops: Sequence[int]) -> dict[in
     found: dict[int, dict[int, ReadoutValue]] = {}
     for site in plan.sites.values():
         hosts: dict[str, Array] = {}
-        for share in site.shares:
+        for share in () if site.point.kind == "attention" else site.plain:
             readout = share.readout
-            if not readout.is_plain or site.point.kind == "attention":
-                continue
             host = hosts.get(readout.dtype)
             if host is None:
                 assert site.tensor is not None
@@ -51,25 +49,17 @@ def collect_step(plan: CapturePlan, lens: Lens, stops: Sequence[int]) -> dict[in
             for share in site.shares:
                 maps = site.values(share)[:, 0, : stops[share.row]]
                 found.setdefault(share.row, {})[share.readout.index] = to_host(maps, share.readout.dtype)
-        for top_k, shares in _lens_shares(site).items():
+        for top_k, shares in site.lenses.items():
             rows = torch.cat([site.values(share) for share in shares])
             for share, tokens in zip(shares, top_tokens(lens(rows), top_k), strict=True):
                 found.setdefault(share.row, {})[share.readout.index] = tokens
-    for row, index, features in encode_step(plan):
-        found.setdefault(row, {})[index] = features
+    if plan.reads_features:
+        for row, index, features in encode_step(plan):
+            found.setdefault(row, {})[index] = features
     if plan.scoring is None:
         plan.scoring = StepScoring(plan)
-    for row, index, scores in plan.scoring.score():
-        found.setdefault(row, {})[index] = scores
+    plan.scoring.score(found)
     return found
-
-
-def _lens_shares(site: SiteCapture) -> dict[int, list[Share]]:
-    grouped: dict[int, list[Share]] = {}
-    for share in site.shares:
-        if share.readout.lens_top_k:
-            grouped.setdefault(share.readout.lens_top_k, []).append(share)
-    return grouped
 
 
 @dataclass(frozen=True, eq=False)

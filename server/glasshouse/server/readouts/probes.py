@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from glasshouse.server.probes.pooling import Pooling, PoolStack, RunningPool
 from glasshouse.server.probes.served import ProbeBank, ServedProbe
 from glasshouse.server.types.conditions import ProbeOutput
-from glasshouse.server.types.readouts import Array, ProbeScores
+from glasshouse.server.types.readouts import Array, ProbeScores, ReadoutValue
 
 from .capture import CapturePlan, Share, SiteCapture
 from .prepared import PreparedReadout, ProbeReading
@@ -41,6 +41,7 @@ class _Cell:
     readouts: list[PreparedReadout] = field(default_factory=list)
 
 
+_Found = dict[int, dict[int, ReadoutValue]]
 _Key = tuple[tuple[str, ...], Pooling | None]
 
 
@@ -149,15 +150,19 @@ class _StepGroup:
     """Cells of one matrix in a pass of one token a row, ready for every step that the plan holds for."""
 
     def __init__(self, cells: Sequence[_Cell]) -> None:
-        self._sources = [
-            (cells[0].parts[source][0], [cell.parts[source][1] for cell in cells])
-            for source in sorted(cells[0].parts)
-        ]
+        device = _device(cells[0].readouts[0])
+        # Of each hook point: where the cells lie in what is captured there, None for all of it in order.
+        self._sources: list[tuple[SiteCapture, Tensor | None]] = []
+        for source, (site, _) in sorted(cells[0].parts.items()):
+            places = site.places_of([cell.parts[source][1] for cell in cells])
+            assert site.tensor is not None, f"{site.point.name} was planned and did not run"
+            every = places == list(range(site.tensor.shape[0]))
+            self._sources.append((site, None if every else torch.tensor(places, device=device)))
         self._pools: PoolStack | None = None
         pools = [cell.pool for cell in cells if cell.pool is not None]
         if pools:
             width = sum(point.width for point in cells[0].readouts[0].points)
-            self._pools = PoolStack(pools, width, _device(cells[0].readouts[0]))
+            self._pools = PoolStack(pools, width, device)
         # Of each scoring: its rows of x, or None for all in order, and who gets what.
         self._plans: list[tuple[_Scoring, Tensor | None, list[tuple[int, int, int, slice]]]] = []
         for scoring, places in _scorings(cells):
@@ -168,18 +173,18 @@ class _StepGroup:
                 for reading in [_reading(readout)]
             ]
             every = places == list(range(len(cells)))
-            rows = None if every else torch.tensor(places, device=_device(cells[0].readouts[0]))
+            rows = None if every else torch.tensor(places, device=device)
             self._plans.append((scoring, rows, wanted))
 
-    def score(self) -> Iterator[tuple[int, int, ProbeScores]]:
-        parts = [site.rows_of(shares).float() for site, shares in self._sources]
+    def score(self, found: _Found) -> None:
+        parts = [(site.everything if at is None else site.pick(at)).float() for site, at in self._sources]
         x_RD = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self._pools is not None:
             x_RD = self._pools.add(x_RD)
         for scoring, rows, wanted in self._plans:
             scores = scoring(x_RD if rows is None else x_RD[rows])
             for at, row, index, columns in wanted:
-                yield row, index, ProbeScores(scores[at, columns])
+                found.setdefault(row, {})[index] = ProbeScores(scores[at, columns])
 
 
 def _device(readout: PreparedReadout) -> torch.device:
@@ -187,15 +192,15 @@ def _device(readout: PreparedReadout) -> torch.device:
 
 
 class StepScoring:
-    """The probe readouts of a plan of one token a row: (row of the batch, readout index, scores) each step."""
+    """The probe readouts of a plan of one token a row, made when its first pass has run."""
 
     def __init__(self, plan: CapturePlan) -> None:
         self._groups = [_StepGroup(cells) for cells in _cells(plan)]
 
-    def score(self) -> Iterator[tuple[int, int, ProbeScores]]:
-        """Scores what the step captured."""
+    def score(self, found: _Found) -> None:
+        """Scores what the step captured into `found`: row of the batch -> readout index -> value."""
         for group in self._groups:
-            yield from group.score()
+            group.score(found)
 
 
 def no_rows(n_columns: int) -> Array:
