@@ -204,7 +204,13 @@ def check(
 MODES: dict[str, dict[str, Any]] = {
     "eager": {},
     "chunked": {"max_num_batched_tokens": 32, "max_num_seqs": 16},
-    "preempted": {"num_gpu_blocks_override": 24, "block_size": 16, "max_num_seqs": 16},
+    "preempted": {
+        "num_gpu_blocks_override": 12,
+        "block_size": 32,
+        "max_num_seqs": 16,
+        "max_model_len": 256,
+        "max_num_batched_tokens": 256,
+    },
     "speculating": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
     },
@@ -237,7 +243,7 @@ def repeated(treated: list[Treated], preparation: Preparation, model: Any) -> li
     """Requests whose prompts span several cache blocks."""
     found = []
     for index, treatment in enumerate(treatments(model.d_model, model.d_mlp)[1:7]):
-        prompt = tuple(model.tokenizer.encode(PROMPTS[0])) * 3
+        prompt = tuple(model.tokenizer.encode(PROMPTS[0])) * 6
         n_fed = len(prompt) + N_TOKENS - 1
         edits = preparation.edits(tuple(p.ours for p in treatment), prompt=prompt, n_fed=n_fed)
         readouts = preparation.readouts((ReadActivations(hook_point=READ),), prompt=prompt, n_fed=n_fed)
@@ -276,7 +282,7 @@ def test_a_warm_prefix_cache(control: str, tmp_path: Path, repeated: list[Treate
         )
         for r, salt in zip(repeated, salts, strict=True)
     ]
-    session = run(tmp_path, wanted, {"block_size": 16})
+    session = run(tmp_path, wanted, {"block_size": 32})
     n = len(repeated)
     wrong_tokens = missing = 0
     for index, request in enumerate(repeated):

@@ -340,6 +340,14 @@ class ConditionGroup:
             (self._seen_R > 0) & self._passes(value_R, self._side_R.double(), self._limit_R.double())
         )
 
+    def holds(self, condition: PreparedCondition) -> bool:
+        """Whether it is a member."""
+        return id(condition) in self._places
+
+    def passed_by(self, condition: PreparedCondition, column: int) -> Tensor:
+        """Whether a latched condition had passed by a column of the pass that ran last, bool ()."""
+        return self._answers_RT[self.place(condition), column]
+
     def mask(self, members_N: Tensor, columns_N: Tensor) -> Tensor:
         """Whether the condition of each edited cell holds there, bool (N,)."""
         if self._scope is ConditionScope.PROMPT or self._lagged:
@@ -375,10 +383,17 @@ class Gate:
         self._group = group
         self._members_N = torch.tensor(members, dtype=torch.int64, device=owner_N.device)
         self._columns_N, self._owner_N = columns_N, owner_N
+        # What `count` was given last.
+        self.last_N1: Tensor | None = None
         # The counts of all edits lie together; each edit's goes on being a view of them.
         self._steered_E = torch.stack([each.count.to(owner_N.device) for each in steered])
         for place, each in enumerate(steered):
             each.count = self._steered_E[place]
+
+    @property
+    def owner_N(self) -> Tensor:
+        """Which edit of the group each cell belongs to."""
+        return self._owner_N
 
     def open(self) -> Tensor:
         """Where the edits apply in this pass, bool (N, 1). Asked once a pass and hook point: `count` adds it up."""
@@ -386,6 +401,7 @@ class Gate:
 
     def count(self, open_N1: Tensor) -> None:
         """Books the cells that were edited."""
+        self.last_N1 = open_N1
         self._steered_E.index_add_(0, self._owner_N, open_N1[:, 0].long())
 
 

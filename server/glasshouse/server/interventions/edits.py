@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -33,7 +34,7 @@ from glasshouse.server.types.interventions import (
 from glasshouse.server.types.selectors import ResolvedPositions
 from glasshouse.wire import reasons
 
-from .conditions import PreparedCondition, Steered
+from .conditions import Gate, PreparedCondition, Steered
 
 
 class Primitive(Enum):
@@ -83,6 +84,18 @@ class PreparedIntervention:
     def n_steered(self) -> int:
         """Positions at which the edit was made. Waits for the device where there is a condition."""
         return self.applied if self.steered is None else int(self.steered.count)
+
+
+@dataclass(frozen=True, eq=False)
+class GatedCells:
+    """Cells (row of the batch, index within the row) of edits under conditions: cell i is of `edits[gate.owner_N[i]]`, made
+    where `gate.last_N1` is true.
+    """
+
+    edits: Sequence[PreparedIntervention]
+    gate: Gate
+    rows_N: Tensor
+    columns_N: Tensor
 
 
 @dataclass(eq=False, kw_only=True)

@@ -30,7 +30,7 @@ from glasshouse.wire import reasons
 
 from . import kernels
 from .conditions import Gate
-from .edits import PreparedIntervention, content_hash, finite
+from .edits import GatedCells, PreparedIntervention, content_hash, finite
 
 MAX_FEATURES = 4096
 
@@ -227,6 +227,13 @@ class FeatureGroup:
         self._scale: dict[int, Tensor] = {}
         self._first_sink = min(sink for path in self.paths for sink in path.sinks)
 
+    @property
+    def gated(self) -> GatedCells | None:
+        """What its conditions let through in the pass that ran last; None where its edits have no condition."""
+        if self._gate is None:
+            return None
+        return GatedCells(self._edits, self._gate, self._rows_N, self._columns_N)
+
     def measure(self, tensor_BTW: Tensor, path: int) -> None:
         """Reads the features of `paths[path]` at their input point and works out what is to change."""
         x_ND = tensor_BTW[self._rows_N, self._columns_N]
@@ -241,6 +248,10 @@ class FeatureGroup:
         values_NF = self.dictionary.encode_features(x, self._ids[path])
         members = self._members[path]
         self._delta_NF[path] = self._gain_NF[:, members] * values_NF + self._offset_NF[:, members]
+
+    def is_first(self, sink: int) -> bool:
+        """Whether `sink` is the first point it writes."""
+        return sink == self._first_sink
 
     def write(self, tensor_BTW: Tensor, sink: int) -> None:
         """Adds the change at output point `sink`, in place."""
@@ -288,6 +299,11 @@ class FeatureWriting:
 
     group: FeatureGroup
     sink: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether this writing is the one that counts the edits: the first of a group's."""
+        return self.group.is_first(self.sink)
 
     def apply(self, tensor_BTW: Tensor) -> None:
         """Edits in place."""

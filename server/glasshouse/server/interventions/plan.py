@@ -13,7 +13,7 @@ A plan for decoding rows (one token each) depends on positions only through rang
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ from glasshouse.server.types.spans import Span
 
 from . import kernels
 from .conditions import ConditionCells, ConditionGroup, ConditionMeasurement, Gate, Steered
-from .edits import PreparedEdit, PreparedIntervention, Primitive
+from .edits import GatedCells, PreparedEdit, PreparedIntervention, Primitive
 from .features import FeatureGroup, FeatureMeasurement, FeatureWriting, PreparedFeatureEdit
 
 P = TypeVar("P", bound=PreparedIntervention)
@@ -105,6 +105,16 @@ class EditPlan:
     actions: dict[str, list[SiteAction]] = field(default_factory=dict)
     promised: list[tuple[PreparedIntervention, int]] = field(default_factory=list)
     valid_steps: int | None = None
+
+    def gated(self) -> Iterator[GatedCells]:
+        """What conditions let through in the pass that ran last, a group of edits each."""
+        for actions in self.actions.values():
+            for action in actions:
+                if isinstance(action, EditGroup) and action.gate is not None:
+                    edits = [edit for edit, _ in action.counts]
+                    yield GatedCells(edits, action.gate, action.rows_N, action.columns_N)
+                elif isinstance(action, FeatureWriting) and action.counts and action.group.gated is not None:
+                    yield action.group.gated
 
     def promise(self) -> None:
         """Books the positions this pass owes each edit, to be compared with what was applied."""

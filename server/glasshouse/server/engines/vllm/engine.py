@@ -65,7 +65,7 @@ from .gateway import arguments, environment
 from .gateway.admission import EditSlots, Gate
 from .gateway.bulk import windowed
 from .gateway.channel import ReportChannel
-from .gateway.join import Join, JoinSettings, reads_before_last
+from .gateway.join import Join, JoinSettings
 from .gateway.sampling import forward_params, generation_params, top_tokens
 from .gateway.statistics import Statistics
 
@@ -496,7 +496,7 @@ class VllmEngine(Engine):
             edits=edits,
             readouts=readouts,
             salt=cache_salt(edits, dictionary_keys=self._dictionary_keys, epoch=self._salt_epoch),
-            recompute_prompt=any(reads_before_last(readout.clause, len(prompt)) for readout in plan.readouts),
+            recompute_prompt=plan.reads_prompt,
         )
 
     @asynccontextmanager

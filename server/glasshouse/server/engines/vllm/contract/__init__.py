@@ -13,7 +13,18 @@
 
 from .ledger import Ledger
 from .messages import Ran, RowBlock, StepError, StepReport, pack_report, unpack_report
-from .plan import Clause, EditPlan, ReadoutPlan, RequestPlan, clause_of, pack_plan, plan_request, unpack_plan
+from .plan import (
+    Clause,
+    ConditionPlan,
+    EditPlan,
+    ReadoutPlan,
+    RequestPlan,
+    clause_of,
+    pack_plan,
+    plan_request,
+    probes_of,
+    unpack_plan,
+)
 from .salt import cache_salt
 from .settings import EXTRA_ARG, PLUGIN_VERSION, BootReport, WorkerSettings, engine_arguments
 
@@ -22,6 +33,7 @@ __all__ = [
     "PLUGIN_VERSION",
     "BootReport",
     "Clause",
+    "ConditionPlan",
     "EditPlan",
     "Ledger",
     "Ran",
@@ -37,6 +49,7 @@ __all__ = [
     "pack_plan",
     "pack_report",
     "plan_request",
+    "probes_of",
     "unpack_plan",
     "unpack_report",
 ]

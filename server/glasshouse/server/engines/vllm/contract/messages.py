@@ -55,10 +55,13 @@ class Ran:
 class RowBlock:
     """Rows read: `tags`, `readouts` (index in the request) and `positions` int32 (n,); `values` (n, ...) each.
 
-    kind "activations": (activations (n, W) in the readout's dtype,)
+    kind "activations": (activations (n, W) in the readout's dtype,), W of all the readout's sites together
     kind "features":    (ids int32 (n, k), activations float32 (n, k)); -1 in empty slots, at the end of a row; named
                         features come in the order asked, none empty
     kind "lens":        (token ids int32 (n, k), log-probabilities float32 (n, k)), descending
+    kind "probe":       (scores float32 (n, C),)
+    kind "steered":     (bool (n,),), whether a conditional edit was made at a position it was applied at: `readouts`
+                        holds the edit's index
     """
 
     kind: str

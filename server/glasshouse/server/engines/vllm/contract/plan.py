@@ -7,19 +7,29 @@ resolve and count alike. Packed with msgpack into one `bytes` value: vLLM passes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
+from glasshouse.server.interventions.conditions import (
+    AffineScore,
+    ColumnScore,
+    FeatureScore,
+    PreparedCondition,
+    Switch,
+)
 from glasshouse.server.interventions.edits import PreparedEdit, PreparedIntervention, Primitive
 from glasshouse.server.interventions.features import PreparedFeatureEdit
+from glasshouse.server.probes.served import ServedProbe
 from glasshouse.server.readouts.prepared import PreparedReadout
+from glasshouse.server.types.conditions import ProbeOutput
 from glasshouse.server.types.selectors import ResolvedPositions
 
 EditKind = Literal["add", "project", "rotate", "replace", "features"]
-ReadoutKind = Literal["activations", "features", "lens"]
+ReadoutKind = Literal["activations", "features", "lens", "probe"]
+ScoreKind = Literal["affine", "column", "feature"]
 
 # Positions beyond any context.
 FOREVER = 1 << 30
@@ -66,15 +76,51 @@ class EditPlan:
     feature_ids: tuple[int, ...] = ()
     factors: tuple[float, ...] = ()
     offsets: tuple[float, ...] = ()
+    condition: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionPlan:
+    """What edits apply under (`interventions.conditions`): `side` times the score is greater than `side` times `limit`. The
+    clause is of the positions it looks at.
+
+    kind "affine":  x . weights + bias; `weights` float32 little-endian, of the sites' widths together
+    kind "column":  `column` of `probe`, its log-odds where `margin`
+    kind "feature": `feature` of `dictionary`, which reads the sites; `source` where it reads one of several
+    """
+
+    kind: ScoreKind
+    clause: Clause
+    sites: tuple[str, ...]
+    limit: float
+    side: float
+    scope: str
+    aggregation: str
+    lagged: bool = False
+    # How a probe pools over positions: "mean", "max", or "" where it does not.
+    pooling: str = ""
+    weights: bytes = b""
+    bias: float = 0.0
+    probe: str = ""
+    column: int = 0
+    margin: bool = False
+    dictionary: str = ""
+    feature: int = 0
+    source: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadoutPlan:
-    """One readout. Every position of the clause yields a row.
+    """One readout. Every position of the clause yields a row. `index`: its place in the request, negative for one that the
+    server reads for itself.
 
-    kind "activations": the activation at `sites[0]` after its edits, as `dtype` ("float32", "bfloat16", "float16")
+    kind "activations": the activation at `sites` after its edits, side by side where there are several, as `dtype`
+                        ("float32", "bfloat16", "float16")
     kind "features":    `top_k` strongest, or `feature_ids`, of `dictionary` read at `sites`
     kind "lens":        the `top_k` likeliest tokens of unembed(final_norm(s)) at `sites[0]`
+    kind "probe":       the scores of `probe` at `sites`, its log-odds where `margin`
+
+    A probe that pools over positions is read as "activations": what counts is decided where the tokens are known to stay.
     """
 
     index: int
@@ -85,6 +131,8 @@ class ReadoutPlan:
     top_k: int = 0
     dictionary: str = ""
     feature_ids: tuple[int, ...] = ()
+    probe: str = ""
+    margin: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,23 +145,29 @@ class RequestPlan:
     n_prompt: int
     edits: tuple[EditPlan, ...] = ()
     readouts: tuple[ReadoutPlan, ...] = ()
+    # Edits name them by index.
+    conditions: tuple[ConditionPlan, ...] = ()
 
     @property
     def n_edits(self) -> int:
-        """Slots it takes in the worker's edit table (feature edits take none)."""
-        return sum(edit.kind != "features" for edit in self.edits)
+        """Slots it takes in the worker's edit table (feature edits, and requests with conditions, take none)."""
+        return 0 if self.conditions else sum(edit.kind != "features" for edit in self.edits)
 
     @property
     def n_vectors(self) -> int:
         """Rows it takes in the worker's vector table; resident vectors take none."""
+        if self.conditions:
+            return 0
         return sum(edit.n_vectors for edit in self.edits if not edit.vector_keys)
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether a position of the prompt is read: then vLLM must not take it from its prefix cache
-        (`SamplingParams.skip_reading_prefix_cache`), for a cached position runs no layer.
+        """Whether a position of the prompt before its last is read, or looked at by a condition: then vLLM must not take it
+        from its prefix cache (`SamplingParams.skip_reading_prefix_cache`), for a cached position runs no layer. The last is
+        computed in any case.
         """
-        return any(low < self.n_prompt for readout in self.readouts for low, _ in readout.clause.ranges)
+        clauses = [readout.clause for readout in self.readouts] + [each.clause for each in self.conditions]
+        return any(low < self.n_prompt - 1 for clause in clauses for low, _ in clause.ranges)
 
 
 def clause_of(positions: ResolvedPositions) -> Clause:
@@ -142,19 +196,41 @@ def plan_request(
     *,
     dictionary_keys: Mapping[str, str],
     vector_keys: Mapping[int, tuple[str, ...]] | None = None,
+    probe_keys: Mapping[int, str] | None = None,
 ) -> RequestPlan:
     """The plan of a request that `engines.preparation` has checked.
 
     `dictionary_keys`: from a dictionary's name to the key it was loaded under. `vector_keys`: from an edit's index to the
-    resident vectors that it uses instead of its own.
+    resident vectors that it uses instead of its own. `probe_keys`: from the `id` of a probe (as readouts and
+    conditions hold it) to the key it was loaded under.
     """
-    resident = vector_keys or {}
+    resident, probes = vector_keys or {}, probe_keys or {}
+    conditions: dict[int, PreparedCondition] = {}
+    for edit in edits:
+        if edit.condition is not None:
+            conditions.setdefault(id(edit.condition), edit.condition)
+    places = {key: place for place, key in enumerate(conditions)}
     return RequestPlan(
         tag=tag,
         n_prompt=n_prompt,
-        edits=tuple(_edit(edit, dictionary_keys, resident.get(edit.index, ())) for edit in edits),
-        readouts=tuple(_readout(readout, dictionary_keys) for readout in readouts),
+        edits=tuple(_edit(edit, dictionary_keys, resident.get(edit.index, ()), places) for edit in edits),
+        readouts=tuple(_readout(readout, dictionary_keys, probes) for readout in readouts),
+        conditions=tuple(_condition(each, dictionary_keys, probes) for each in conditions.values()),
     )
+
+
+def probes_of(
+    edits: Sequence[PreparedIntervention], readouts: Sequence[PreparedReadout]
+) -> tuple[ServedProbe, ...]:
+    """The probes that workers must hold for a request, each once."""
+    found: dict[int, ServedProbe] = {}
+    for edit in edits:
+        if edit.condition is not None and isinstance(edit.condition.score, ColumnScore):
+            found[id(edit.condition.score.probe)] = edit.condition.score.probe
+    for readout in readouts:
+        if readout.reading is not None and readout.reading.pool is None:
+            found[id(readout.reading.probe)] = readout.reading.probe
+    return tuple(found.values())
 
 
 _KINDS: dict[Primitive, EditKind] = {
@@ -165,8 +241,14 @@ _KINDS: dict[Primitive, EditKind] = {
 }
 
 
-def _edit(edit: PreparedIntervention, keys: Mapping[str, str], resident: tuple[str, ...]) -> EditPlan:
+def _edit(
+    edit: PreparedIntervention,
+    keys: Mapping[str, str],
+    resident: tuple[str, ...],
+    conditions: Mapping[int, int],
+) -> EditPlan:
     clause = clause_of(edit.positions)
+    condition = -1 if edit.condition is None else conditions[id(edit.condition)]
     if isinstance(edit, PreparedFeatureEdit):
         return EditPlan(
             index=edit.index,
@@ -179,6 +261,7 @@ def _edit(edit: PreparedIntervention, keys: Mapping[str, str], resident: tuple[s
             feature_ids=edit.feature_ids,
             factors=edit.factors,
             offsets=edit.offsets,
+            condition=condition,
         )
     assert isinstance(edit, PreparedEdit), f"{type(edit).__name__} has no plan"
     scalars = edit.scalars
@@ -195,12 +278,53 @@ def _edit(edit: PreparedIntervention, keys: Mapping[str, str], resident: tuple[s
         scaled=scalars.scaled,
         low=None if np.isinf(scalars.low) else scalars.low,
         high=None if np.isinf(scalars.high) else scalars.high,
+        condition=condition,
     )
 
 
-def _readout(readout: PreparedReadout, keys: Mapping[str, str]) -> ReadoutPlan:
+def _condition(
+    condition: PreparedCondition, keys: Mapping[str, str], probes: Mapping[int, str]
+) -> ConditionPlan:
+    plan = ConditionPlan(
+        kind="affine",
+        clause=clause_of(condition.positions),
+        sites=tuple(point.name for point in condition.points),
+        limit=condition.limit,
+        side=condition.side,
+        scope=condition.scope.value,
+        aggregation=condition.aggregation.value,
+        lagged=condition.lagged,
+        pooling="" if condition.pool is None else condition.pool.pooling.value,
+    )
+    match condition.score:
+        case AffineScore(weights=weights, bias=bias):
+            return replace(plan, weights=weights.cpu().numpy().astype("<f4").tobytes(), bias=float(bias))
+        case ColumnScore(probe=probe, column=column, output=output):
+            return replace(
+                plan,
+                kind="column",
+                probe=probes[id(probe)],
+                column=column,
+                margin=output is ProbeOutput.MARGIN,
+            )
+        case FeatureScore(dictionary=dictionary, feature=feature, source=source):
+            return replace(
+                plan, kind="feature", dictionary=keys[dictionary.facts.name], feature=feature, source=source
+            )
+        case Switch():
+            raise AssertionError("a switch is thrown by watches, which this engine has none of")
+
+
+def _readout(readout: PreparedReadout, keys: Mapping[str, str], probes: Mapping[int, str]) -> ReadoutPlan:
     clause = clause_of(readout.positions)
     sites = tuple(point.name for point in readout.points)
+    reading = readout.reading
+    if reading is not None:
+        plan = ReadoutPlan(index=readout.index, kind="activations", clause=clause, sites=sites)
+        if reading.pool is not None:
+            return plan
+        margin = reading.output is ProbeOutput.MARGIN
+        return replace(plan, kind="probe", probe=probes[id(reading.probe)], margin=margin)
     if readout.dictionary is not None:
         ids = () if readout.feature_ids is None else tuple(readout.feature_ids.tolist())
         return ReadoutPlan(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from glasshouse.server.probes import storage
+from glasshouse.server.probes.served import ServedProbe
 
 # In the compile hash: raise it whenever what is traced into the model's graph changes, or an old artefact would run
 # unhooked.
@@ -100,6 +104,9 @@ def engine_arguments(settings: WorkerSettings) -> dict[str, Any]:
 # glasshouse_load_vectors(vectors: dict[str, bytes]) -> None; named directions, (d_model,) float32 little-endian each, held
 #                                          until unloaded; plans name them in `EditPlan.vector_keys`
 # glasshouse_unload_vectors(keys: list[str]) -> None; requests that hold one keep it
+# glasshouse_load_probe(key, body: str, tensors: dict[str, [list[int], bytes]]) -> None; a probe as
+# `probes.storage.to_parts`                                          gives it: its JSON, and float64 little-endian
+# tensors with their shapes glasshouse_unload_probes(keys: list[str]) -> None; requests that use one keep it
 # glasshouse_stats()                       -> dict[str, int]: counters and gauges, see `worker.statistics`
 CONNECT = "glasshouse_connect"
 BOOT = "glasshouse_boot"
@@ -107,7 +114,16 @@ LOAD_DICTIONARY = "glasshouse_load_dictionary"
 UNLOAD_DICTIONARY = "glasshouse_unload_dictionary"
 LOAD_VECTORS = "glasshouse_load_vectors"
 UNLOAD_VECTORS = "glasshouse_unload_vectors"
+LOAD_PROBE = "glasshouse_load_probe"
+UNLOAD_PROBES = "glasshouse_unload_probes"
 STATS = "glasshouse_stats"
+
+
+def probe_parts(probe: ServedProbe) -> tuple[str, dict[str, list[Any]]]:
+    """A probe as `glasshouse_load_probe` takes it."""
+    body, tensors = storage.to_parts(probe)
+    plain = {name: [list(array.shape), array.astype("<f8").tobytes()] for name, array in tensors.items()}
+    return json.dumps(body), plain
 
 
 def dictionary_key(name: str, generation: int) -> str:

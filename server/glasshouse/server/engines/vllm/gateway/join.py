@@ -35,7 +35,7 @@ from glasshouse.server.types.readouts import (
 )
 from glasshouse.wire import reasons
 
-from ..contract import Clause, Ledger, ReadoutPlan, RequestPlan, StepError
+from ..contract import Ledger, ReadoutPlan, RequestPlan, StepError
 from ..contract.messages import NOT_APPLIED, OVERFLOW, PLAN_REFUSED
 from .statistics import Statistics
 
@@ -349,8 +349,3 @@ def _serving_error(error: StepError) -> ServingError:
         reason=reasons.DEFECT,
         remedy="report it with the request id",
     )
-
-
-def reads_before_last(clause: Clause, n_prompt: int) -> bool:
-    """Whether a position of the prompt before its last is selected: the last is computed in any case."""
-    return any(low < n_prompt - 1 for low, _ in clause.ranges)

@@ -56,7 +56,8 @@ def answer_rows(
 def _values(question: Question, inputs: list[Tensor], context: AnsweringContext) -> tuple[Array, ...]:
     match question.kind:
         case "activations":
-            return (host(inputs[0], question.dtype),)
+            joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs, dim=1)
+            return (host(joined, question.dtype),)
         case "features":
             assert question.dictionary is not None
             x = stacked(inputs)
@@ -67,6 +68,11 @@ def _values(question: Question, inputs: list[Tensor], context: AnsweringContext)
                 return np.broadcast_to(named, values.shape), values
             top = question.dictionary.encode_top_k(x, question.top_k)
             return top.ids.cpu().numpy(), top.values.float().cpu().numpy()
+        case "probe":
+            assert question.probe is not None
+            x = inputs[0].float() if len(inputs) == 1 else torch.cat(inputs, dim=1).float()
+            scores = question.probe.margins(x) if question.margin else question.probe.score(x)
+            return (scores.float().cpu().numpy(),)
         case "lens":
             if context.lens is None:
                 raise ValueError("the logit lens needs the last pipeline stage")

@@ -31,6 +31,7 @@ from glasshouse.server.engines.vllm.contract.messages import (
 )
 from glasshouse.server.engines.vllm.contract.plan import unpack_plan
 from glasshouse.server.engines.vllm.contract.settings import WorkerSettings
+from glasshouse.server.probes.served import ServedProbe
 
 from . import junctions
 from .actions import Action
@@ -76,6 +77,7 @@ class Hooks:
         self._vectors = VectorTable(settings.max_vectors, settings.max_resident_vectors, width, device)
         self._questions = Questions()
         self._dictionaries: dict[str, Dictionary] = {}
+        self._probes: dict[str, ServedProbe] = {}
         self._requests: dict[str, InstalledRequest] = {}
         self._reporter = reporter
         self._reports_rows = reports_rows
@@ -100,6 +102,11 @@ class Hooks:
     def dictionaries(self) -> dict[str, Dictionary]:
         """Dictionaries by key."""
         return self._dictionaries
+
+    @property
+    def probes(self) -> dict[str, ServedProbe]:
+        """Probes by key, on the model's device in float32."""
+        return self._probes
 
     @property
     def vectors(self) -> VectorTable:
@@ -172,6 +179,8 @@ class Hooks:
             ran = self._ran(plan)
             if self._reports_rows or any(self._questions[a.question].kind == "lens" for a in plan.answers):
                 blocks = self._answer(plan, failed)
+            if plan.conditional is not None and (steered := plan.conditional.steered(plan.age)) is not None:
+                blocks.append(steered)
         except Exception as error:
             self._fail_all(plan.members, NOT_APPLIED, f"the step could not be completed: {_said(error)}")
             ran = None
@@ -202,6 +211,7 @@ class Hooks:
                 vectors=self._vectors,
                 questions=self._questions,
                 dictionaries=self._dictionaries,
+                probes=self._probes,
             )
             self._armed.append(tag)
             self.counters["requests_installed"] += 1
@@ -229,6 +239,8 @@ class Hooks:
                 plan.valid_steps -= 1
             self._last_starts = batch.starts
             return
+        if self._plan is not None:
+            self._plan.remember()
         hooked = _hooked_batch(batch, self._requests)
         self._plan = None
         if hooked is not None:

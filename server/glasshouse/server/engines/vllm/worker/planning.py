@@ -23,6 +23,7 @@ from torch import Tensor
 from glasshouse.server.interventions.features import FeatureGroup
 
 from .actions import Action, Capture, MeasureFeatures, PlainAdd, Rows, RunAdd, VectorEdit, WriteFeatures
+from .conditional import ConditionalPlan, plan_conditional
 from .junctions import Junction, PointTarget
 from .requests import (
     ADD,
@@ -114,6 +115,15 @@ class StepPlan:
     valid_steps: int = 0
     # Steps since it was made: positions have moved on by as many.
     age: int = 0
+    conditional: ConditionalPlan | None = None
+
+    def remember(self) -> None:
+        """Tells requests with conditions how far the passes under this plan have run them."""
+        for place, member in enumerate(self.members):
+            if member.conditional is not None:
+                assert self.conditional is not None, "a member with conditions was planned"
+                start = int(self.starts[place]) + self.age
+                member.conditional.ran(start, int(self.counts[place]), self.conditional.plan)
 
 
 @dataclass(eq=False)
@@ -144,6 +154,7 @@ def plan_step(batch: HookedBatch, *, sites: Sites, edits: EditTable, vectors_VW:
     by_site: dict[int, list[tuple[int, int, Action]]] = {}
     _plan_edits(plan, batch, by_site, sites, edits, vectors_VW)
     _plan_features(plan, batch, by_site, sites, vectors_VW.device)
+    plan.conditional = _plan_conditional(plan, batch, by_site, sites, vectors_VW.device)
     for site, turned in by_site.items():
         turned.sort(key=lambda item: item[:2])
         by_site[site] = turned
@@ -154,6 +165,8 @@ def plan_step(batch: HookedBatch, *, sites: Sites, edits: EditTable, vectors_VW:
         if site in plan.captures:
             actions.append(plan.captures[site])
     plan.valid_steps = _valid_steps(batch)
+    if plan.conditional is not None and plan.conditional.valid_steps is not None:
+        plan.valid_steps = min(plan.valid_steps, plan.conditional.valid_steps)
     return plan
 
 
@@ -369,6 +382,38 @@ def _plan_features(
             at = _rows(rows, batch.n_tokens, sites.targets[site], device)
             write = WriteFeatures(rows=at, group=group, sink=sink, members=members)
             by_site.setdefault(site, []).append((turns[name], 2, write))
+
+
+def _plan_conditional(
+    plan: StepPlan,
+    batch: HookedBatch,
+    by_site: dict[int, list[tuple[int, int, Action]]],
+    sites: Sites,
+    device: torch.device,
+) -> ConditionalPlan | None:
+    places = [place for place, member in enumerate(batch.members) if member.conditional is not None]
+    if not places:
+        return None
+    requests = [member.conditional for member in batch.members if member.conditional is not None]
+    by_token = any(batch.members[place].by_token for place in places)
+    planned, actions = plan_conditional(
+        requests,
+        places=places,
+        tags=plan.tags[places],
+        offsets=batch.offsets[places],
+        starts=batch.starts[places],
+        counts=batch.counts[places],
+        n_tokens=batch.n_tokens,
+        token_ids=batch.token_ids() if by_token else None,
+        targets=dict(zip(sites.names, sites.targets, strict=True)),
+        device=device,
+    )
+    number = {name: index for index, name in enumerate(sites.names)}
+    for name, action in actions.items():
+        by_site.setdefault(number[name], []).append((0, 0, action))
+    for place, n in planned.applied.items():
+        plan.applied[place] += n
+    return planned
 
 
 def _feature_rows(batch: HookedBatch, place: int, edit: FeatureEdit) -> Array:

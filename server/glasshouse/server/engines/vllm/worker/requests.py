@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.engines.vllm.contract.plan import Clause, EditPlan, RequestPlan
+from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.interventions.features import PreparedFeatureEdit
-from glasshouse.server.types.hook_points import HookPoint
-from glasshouse.server.types.selectors import ResolvedPositions
+from glasshouse.server.probes.served import ServedProbe
 
+from . import conditional
+from .conditional import ConditionalEdits
 from .tables import EditTable, VectorTable
 
 Array = np.ndarray
@@ -51,6 +54,8 @@ class Question:
     top_k: int
     dictionary: Dictionary | None
     feature_ids: tuple[int, ...]
+    probe: ServedProbe | None
+    margin: bool
 
 
 class Questions:
@@ -100,6 +105,9 @@ class InstalledRequest:
     read_excluded_tokens: dict[int, Array] = field(default_factory=dict)
     # Whether membership depends on more than ranges, so that every step is planned anew.
     volatile: bool = False
+    # Its edits where some are under conditions; then the tables hold none of it. `by_token`: their clauses ask for tokens.
+    conditional: ConditionalEdits | None = None
+    by_token: bool = False
     failed: bool = False
 
 
@@ -111,12 +119,16 @@ def install(
     vectors: VectorTable,
     questions: Questions,
     dictionaries: Mapping[str, Dictionary],
+    probes: Mapping[str, ServedProbe],
 ) -> InstalledRequest:
     """Takes slots for `plan`. What lies on other pipeline stages is left to them. Raises with nothing taken."""
     installed = InstalledRequest(tag=plan.tag, n_prompt=plan.n_prompt)
     try:
-        _install_edits(installed, plan, sites, edits, vectors, dictionaries)
-        _install_readouts(installed, plan, sites, questions, dictionaries)
+        if plan.conditions:
+            _install_conditional(installed, plan, sites, vectors, dictionaries, probes)
+        else:
+            _install_edits(installed, plan, sites, edits, vectors, dictionaries)
+        _install_readouts(installed, plan, sites, questions, dictionaries, probes)
     except BaseException:
         uninstall(installed, edits=edits, vectors=vectors, questions=questions)
         raise
@@ -155,7 +167,8 @@ def _install_edits(
         excluded = np.array(edit.clause.excluded_token_ids, dtype=np.int64)
         installed.volatile = installed.volatile or excluded.size > 0
         if edit.kind == "features":
-            installed.feature_edits.append(_feature_edit(edit, _known(dictionaries, edit.dictionary), at))
+            prepared = conditional.feature_edit(edit, _known(dictionaries, edit.dictionary))
+            installed.feature_edits.append(FeatureEdit(clause=edit.clause, prepared=prepared, turns=at))
             continue
         slot = edits.slots.take(1)[0]
         installed.slots.append(slot)
@@ -174,12 +187,55 @@ def _install_edits(
     installed.edit_segments = np.array(segments, dtype=np.int64).reshape(-1, 6)
 
 
+def _install_conditional(
+    installed: InstalledRequest,
+    plan: RequestPlan,
+    sites: Mapping[str, int],
+    vectors: VectorTable,
+    dictionaries: Mapping[str, Dictionary],
+    probes: Mapping[str, ServedProbe],
+) -> None:
+    """All edits of a request with conditions, those without one too: their order counts."""
+    device = vectors.rows_VW.device
+    conditions = [
+        conditional.prepared_condition(
+            condition, width=vectors.width, device=device, dictionaries=dictionaries, probes=probes
+        )
+        for condition in plan.conditions
+    ]
+    edits: list[PreparedIntervention] = []
+    touched: list[str] = []
+    for edit in plan.edits:
+        looked_at = plan.conditions[edit.condition].sites if edit.condition >= 0 else ()
+        if not _is_local((*looked_at, *edit.sites_in, *edit.sites_out), sites, f"edit {edit.index}"):
+            continue
+        touched += edit.sites_out
+        ready: PreparedIntervention
+        if edit.kind == "features":
+            ready = conditional.feature_edit(edit, _known(dictionaries, edit.dictionary))
+        else:
+            ready = conditional.plain_edit(
+                edit, vectors.values(edit.vectors, edit.n_vectors, edit.vector_keys)
+            )
+        if edit.condition >= 0:
+            conditional.condition_steered(ready, conditions[edit.condition])
+        edits.append(ready)
+    if edits:
+        installed.by_token = any(edit.clause.excluded_token_ids for edit in plan.edits) or any(
+            condition.clause.excluded_token_ids for condition in plan.conditions
+        )
+        installed.conditional = ConditionalEdits(
+            n_prompt=plan.n_prompt, edits=edits, conditions=conditions, device=device
+        )
+
+
 def _install_readouts(
     installed: InstalledRequest,
     plan: RequestPlan,
     sites: Mapping[str, int],
     questions: Questions,
     dictionaries: Mapping[str, Dictionary],
+    probes: Mapping[str, ServedProbe],
 ) -> None:
     segments: list[tuple[int, int, int, int, int, int]] = []
     for readout in plan.readouts:
@@ -192,6 +248,8 @@ def _install_readouts(
             top_k=readout.top_k,
             dictionary=_known(dictionaries, readout.dictionary) if readout.dictionary else None,
             feature_ids=readout.feature_ids,
+            probe=_known(probes, readout.probe) if readout.probe else None,
+            margin=readout.margin,
         )
         number = questions.ask(question)
         installed.questions.append(number)
@@ -214,36 +272,13 @@ def _is_local(names: Sequence[str], sites: Mapping[str, int], what: str) -> bool
     return bool(here)
 
 
-def _feature_edit(edit: EditPlan, dictionary: Dictionary, turns: dict[str, int]) -> FeatureEdit:
-    points_in = tuple(_point(name, dictionary.facts.d_in) for name in edit.sites_in)
-    points_out = tuple(_point(name, dictionary.facts.d_out) for name in edit.sites_out)
-    prepared = PreparedFeatureEdit(
-        index=edit.index,
-        kind="features",
-        hook_points=points_out,
-        positions=ResolvedPositions(ranges=edit.clause.ranges),
-        preserve_norm=edit.preserve_norm,
-        dictionary=dictionary,
-        points_in=points_in,
-        points_out=points_out,
-        feature_ids=edit.feature_ids,
-        factors=edit.factors,
-        offsets=edit.offsets,
-    )
-    return FeatureEdit(clause=edit.clause, prepared=prepared, turns=turns)
+T = TypeVar("T")
 
 
-def _point(name: str, width: int) -> HookPoint:
-    return HookPoint(
-        name=name, module_path="", kind="residual", layer=None, width=width, n_heads=0, d_head=0,
-        readable=True, writable=True,
-    )  # fmt: skip
-
-
-def _known(dictionaries: Mapping[str, Dictionary], key: str) -> Dictionary:
-    found = dictionaries.get(key)
+def _known(held: Mapping[str, T], key: str) -> T:
+    found = held.get(key)
     if found is None:
-        raise KeyError(f"dictionary {key!r} is not loaded in this worker")
+        raise KeyError(f"{key!r} is not loaded in this worker")
     return found
 
 

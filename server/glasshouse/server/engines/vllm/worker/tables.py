@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Array = np.ndarray
 
@@ -65,6 +66,17 @@ class VectorTable:
         values = torch.from_numpy(np.frombuffer(data, dtype="<f4").reshape(n_rows, self.width).copy())
         self.rows_VW[torch.tensor(rows, device=self.rows_VW.device)] = values.to(self.rows_VW.device)
         return rows
+
+    def values(self, data: bytes, n_rows: int, names: Sequence[str]) -> Tensor:
+        """The vectors themselves, (n, W) float32, without rows of the table: resident ones by name, or those of `data`."""
+        if names:
+            rows = self.use(names)
+            self.release(rows)
+            return self.rows_VW[torch.tensor(rows, device=self.rows_VW.device)]
+        if len(data) != 4 * n_rows * self.width:
+            raise ValueError(f"{len(data)} bytes for {n_rows} vectors of width {self.width}")
+        host = torch.from_numpy(np.frombuffer(data, dtype="<f4").reshape(n_rows, self.width).copy())
+        return host.to(self.rows_VW.device)
 
     def load(self, name: str, data: bytes) -> None:
         """Makes a vector resident. A name loaded anew means the new vector from now on."""

@@ -6,8 +6,10 @@ it exists. A model without an adapter is served unhooked, and says so in its `Bo
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
@@ -23,6 +25,7 @@ from glasshouse.server.engines.vllm.contract.settings import (
     WorkerSettings,
     dictionary_key,
 )
+from glasshouse.server.probes import storage
 
 from . import families, runners, self_test
 from .answering import AnsweringContext, Lens
@@ -153,6 +156,19 @@ class GlasshouseWorker(_Base):
         """Forgets dictionaries; requests that hold one keep it."""
         for key in keys:
             self._needed().dictionaries.pop(key, None)
+
+    def glasshouse_load_probe(self, key: str, body: str, tensors: dict[str, list[Any]]) -> None:
+        """Takes in a probe, on the model's device in float32."""
+        arrays = {
+            name: np.frombuffer(data, dtype="<f8").reshape(shape) for name, (shape, data) in tensors.items()
+        }
+        probe = storage.from_parts(json.loads(body), arrays, path=key)
+        self._needed().probes[key] = probe.to(self.device)
+
+    def glasshouse_unload_probes(self, keys: list[str]) -> None:
+        """Forgets probes; requests that use one keep it."""
+        for key in keys:
+            self._needed().probes.pop(key, None)
 
     def glasshouse_load_vectors(self, vectors: dict[str, bytes]) -> None:
         """Makes named directions resident."""
