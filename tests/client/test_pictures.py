@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from glasshouse.client import AttributionGraph, GraphInfo, GraphLogit, GraphScores
+from glasshouse.client.attribution.graph import GraphFeatures
+from glasshouse.client.attribution.pruning import Edges
 from glasshouse.client.pictures import FeatureNote, graph_page
 from glasshouse.client.pictures.graph_page import page_data
 
@@ -97,6 +100,35 @@ def test_the_page_is_whole_and_reaches_for_nothing() -> None:
     assert data["features"]["2/5"]["label"] == "</script>" and data["qParams"] == {"pinnedIds": ["2_5_1"]}
     named = set(re.findall(r'byId\("([a-z-]+)"\)', html))
     assert named <= set(re.findall(r'id="([a-z-]+)"', html)) | {"group-name"}, "made by the script"
+
+
+def test_a_graph_of_the_clients_own_goes_by_number() -> None:
+    """Feature 1 of layer 0 and the error of layer 1 at position 1 share their id, and only the error has an edge."""
+    features = GraphFeatures(
+        layers=np.array([0], np.int32), indices=np.array([1], np.int32), positions=np.array([1], np.int32),
+        activations=np.array([2.0], np.float32),
+    )  # fmt: skip
+    info = GraphInfo(
+        name="attributionGraphs/g", model="models/m", title="t", token_ids=[0, 7], tokens=["<bos>", " a"],
+        transcoders=["t0"], n_layers=2, n_features=1, n_active_features=1, n_edges=2,
+        logits=[GraphLogit(" b", 0.5, 9)], scores=GraphScores(0.25, 0.75),
+    )  # fmt: skip
+    error, token, logit = 1 + 2 + 1, 1 + 4 + 1, 1 + 4 + 2
+    found = Edges(
+        np.array([logit, 0], np.int32), np.array([error, token], np.int32), np.array([3.0, 1.0], np.float32)
+    )
+    graph = AttributionGraph(info, features, found)
+    data = page_data(graph)
+    assert edges(data) == [(token, 0, 1.0), (error, logit, 3.0)]
+    assert data["nodes"][0]["node_id"] == data["nodes"][error]["node_id"] == "0_1_1"
+    assert data["scores"] == {"replacement": 0.25, "completeness": 0.75} and data["limits"]["node"] == 1.0
+    pruned = graph.prune(0.9, 0.9)
+    data = page_data(pruned)
+    assert (
+        data["limits"] == {"node": 0.9, "edge": 0.9} and len(data["nodes"]) == pruned.n_nodes < graph.n_nodes
+    )
+    kept = [data["nodes"][number]["feature_type"] for number, _, _ in edges(data)]
+    assert kept == [ERROR], "of the error alone the logit hears"
 
 
 @pytest.mark.parametrize("missing", ["nodes", "links", "metadata"])

@@ -165,6 +165,28 @@ def test_connections_and_interventions(run: Run, model: Model) -> None:
         assert change == pytest.approx(predicted, abs=1e-3), "direct effects predict a constrained change"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        (("mediate", CLEAN, CORRUPT, *ANSWER), ["heat", "heat"]),
+        (("nodes", CLEAN, CORRUPT, *ANSWER), ["heat"] * 5),
+        (("heads", CLEAN, "--ablate", "zero"), ["heat"]),
+        (
+            ("paths", CLEAN, CORRUPT, "--sender", "hook_embed@4", "--receiver", "blocks.2.attn.hook_v"),
+            ["bars"],
+        ),
+        (("connections", 3, 100), ["bars", "bars"]),
+        (("intervene", CLEAN, "--set", "3:100@4=10"), ["bars", "bars"]),
+        (("intervene", CLEAN, "--set", "3:100@4=10", "--mode", "open"), ["bars", "bars"]),
+    ],
+)
+def test_every_result_has_its_picture(
+    run: Run, arguments: tuple[object, ...], kinds: list[str], tmp_path: Path
+) -> None:
+    run("attribute", *arguments, "-o", tmp_path / "a.html")
+    assert [part["kind"] for part in page_data(tmp_path / "a.html")["parts"]] == kinds
+
+
 def test_a_graph_as_a_page_and_as_files(run: Run, client: Client, tmp_path: Path) -> None:
     page, saved, whole = tmp_path / "a.html", tmp_path / "a.json", tmp_path / "a.npz"
     found = json.loads(run("graph", CLEAN, "-o", whole, "--json").stdout)

@@ -35,8 +35,8 @@ function zoomAt(factor, x, y) {
 }
 /** Moves the view until the item is inside it. */
 function reveal(item) {
-  const [x, y] = toScreen(item.x, item.y), edge = 10, floor = state.scene.circuit ? 0 : STRIP;
-  const dx = Math.max(GUTTER + edge - x, 0) || Math.min(size.width - edge - x, 0);
+  const [x, y] = toScreen(item.x, item.y), floor = state.scene.circuit ? 0 : STRIP, edge = 10, side = Math.max(edge, (item.w || 0) * scaleOf(item) / 2 + 6);
+  const dx = Math.max(GUTTER + side - x, 0) || Math.min(size.width - side - x, 0);
   const dy = Math.max(edge - y, 0) || Math.min(size.height - floor - edge - y, 0);
   if (dx || dy) { view.x += dx; view.y += dy; redraw(); }
 }
@@ -61,7 +61,7 @@ function redraw(fresh = false) {
 }
 
 function curve(path, a, b) {
-  const y0 = a.y - (a.h || 0) / 2, y1 = b.y + (b.h || 0) / 2, bend = (y0 - y1) * 0.5;
+  const y0 = a.y - (a.box ? a.h / 2 : 0), y1 = b.y + (b.box ? b.h / 2 : 0), bend = (y0 - y1) * 0.5;
   path.moveTo(a.x, y0);
   path.bezierCurveTo(a.x, y0 - bend, b.x, y1 + bend, b.x, y1);
 }
@@ -106,6 +106,7 @@ function drawBands(pen, scene) {
   pen.lineWidth = 1;
   pen.globalAlpha = 0.5;
   for (const column of scene.columns.slice(1)) {
+    if ((column.x1 - column.x0) * view.k < 7) break;
     const [x] = toScreen(column.x0, 0);
     pen.beginPath(); pen.moveTo(x, 0); pen.lineTo(x, size.height); pen.stroke();
   }
@@ -131,7 +132,7 @@ function drawNodes() {
 function drawLine(pen, a, b, line, alpha) {
   const path = new Path2D(), most = line.most || Math.abs(line.weight);
   const [ax, ay] = toScreen(a.x, a.y), [bx, by] = toScreen(b.x, b.y);
-  curve(path, { x: ax, y: ay, h: (a.h || 0) * view.k }, { x: bx, y: by, h: (b.h || 0) * view.k });
+  curve(path, { x: ax, y: ay, box: a.box, h: a.h * view.k }, { x: bx, y: by, box: b.box, h: b.h * view.k });
   const share = Math.sqrt(Math.abs(line.weight) / most);
   pen.strokeStyle = edgeColour(line.weight);
   pen.globalAlpha = alpha * (0.12 + 0.88 * share);
@@ -139,10 +140,12 @@ function drawLine(pen, a, b, line, alpha) {
   pen.stroke(path);
   pen.globalAlpha = 1;
 }
+/** Pills are as large as their text when the whole fits, and grow less than the graph does. */
+const scaleOf = item => item.box ? view.k : Math.min(view.k, 1.5 * state.scene.fit);
 function outline(pen, item, x, y, grow) {
   pen.beginPath();
   if (item.w) {
-    const w = item.w * view.k + 2 * grow, h = item.h * view.k + 2 * grow;
+    const w = item.w * scaleOf(item) + 2 * grow, h = item.h * scaleOf(item) + 2 * grow;
     pen.roundRect(x - w / 2, y - h / 2, w, h, item.box && item.kind !== LOGIT ? 8 : h / 2);
     return;
   }
@@ -176,7 +179,7 @@ function drawPill(pen, item, x, y) {
   pen.fill();
   pen.strokeStyle = colours.accent; pen.lineWidth = 1; pen.stroke();
   pen.fillStyle = graph.start[item.members[0]] > most * 0.45 ? colours.page : colours.ink;
-  write(pen, item.text, x, y + 0.5, item.font * view.k, SANS);
+  write(pen, item.text, x, y + 0.5, item.font * scaleOf(item), SANS);
 }
 function drawBox(pen, item, x, y, group) {
   const tint = item.group !== undefined ? groupColour(group) : [colours.feature, colours.error, colours.soft, colours.accent][item.kind];
@@ -249,7 +252,7 @@ function itemAt(x, y) {
   if (x < GUTTER - 6 || (!scene.circuit && y > size.height - STRIP)) return null;
   scene.items.forEach((item, at) => {
     const [ix, iy] = toScreen(item.x, item.y);
-    const far = item.w ? Math.max(Math.abs(x - ix) - item.w * view.k / 2, Math.abs(y - iy) - item.h * view.k / 2, 0)
+    const far = item.w ? Math.max(Math.abs(x - ix) - item.w * scaleOf(item) / 2, Math.abs(y - iy) - item.h * scaleOf(item) / 2, 0)
       : Math.max(0, Math.hypot(x - ix, y - iy) - item.r * Math.min(view.k, 3.2) * 0.5);
     if (far < least) { least = far; best = at; }
   });

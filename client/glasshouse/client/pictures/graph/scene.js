@@ -47,7 +47,7 @@ function graphScene(shown, width, height) {
   best.columns.forEach((wide, p) => { columns.push({ x0: x, x1: x + wide * stretch, text: plain(tokenAt(p)) }); x += wide * stretch; });
   best.rows.forEach((tall, r) => { bands.push({ y1: y, y0: y - tall - lift, text: graph.layers[r] }); y -= tall + lift; });
 
-  const items = [], itemOf = new Int32Array(n).fill(-1), radius = Math.max(4.6, 2.3 / best.fit);
+  const items = [], itemOf = new Int32Array(n).fill(-1), radius = 4.6;
   const strongest = Math.max(LEAST, ...items_strength());
   function items_strength() { return [...cells.values()].flat().filter(i => kind[i] < TOKEN).map(strength); }
   const add = item => { for (const i of item.members) itemOf[i] = items.length; items.push(item); };

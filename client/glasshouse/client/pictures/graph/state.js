@@ -34,7 +34,8 @@ function itemOfKey(key) {
 }
 const membersOf = key => key === null ? [] : typeof key === "number" ? [key] : (state.groups[Number(key.slice(6))] || { members: [] }).members;
 
-/** All lines of one item, in and out, whether drawn behind or not. */
+/** The lines of one item, the strongest each way, whether drawn behind or not. */
+const MOST_OWN = 400;
 function linesOf(at) {
   const { scene } = state;
   if (scene.circuit) {
@@ -44,7 +45,7 @@ function linesOf(at) {
   const found = [];
   for (const side of ["in", "out"]) {
     const rows = edgesOf(scene.items[at].members, side), most = rows.length ? Math.abs(rows[0].weight) : 1;
-    for (const row of rows) {
+    for (const row of rows.slice(0, MOST_OWN)) {
       const other = scene.itemOf[row.node];
       if (other >= 0) found.push({ a: side === "in" ? other : at, b: side === "in" ? at : other, weight: row.weight, most });
     }
