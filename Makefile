@@ -16,7 +16,7 @@ serve: $(READY) ## Serve the embedded model on localhost:50051
 	$(BIN)/glasshouse serve --metrics 127.0.0.1:9464 --data .glasshouse
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 bench: $(READY) ## Measure the bars; results also in .bench/results.json
 	$(BIN)/python -m tests.bench

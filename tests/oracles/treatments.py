@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,15 +85,31 @@ def ablate(name: str, v: np.ndarray) -> Part:
     return part(name, AblateDirection(vector=v), formulas.ablate(v))
 
 
-def treatments(d_model: int, d_mlp: int) -> list[Treatment]:
-    """The sixteen: none, every kind of edit, every kind of selector, several at once and in order."""
+# What stands in where an engine does not reach a hook point.
+NEAREST = {
+    "hook_embed": "blocks.0.hook_resid_pre",
+    "blocks.1.mlp.hook_post": "blocks.1.hook_mlp_out",
+    "blocks.0.attn.hook_z": "blocks.0.hook_attn_out",
+    "blocks.5.attn.hook_q": "blocks.5.hook_resid_pre",
+}
+
+
+def treatments(d_model: int, d_mlp: int, reached: Collection[str] | None = None) -> list[Treatment]:
+    """The sixteen: none, every kind of edit, every kind of selector, several at once and in order. `reached`: the hook
+    points there are; None for all.
+    """
+
+    def at(name: str) -> str:
+        return name if reached is None or name in reached else NEAREST[name]
+
     rng = np.random.default_rng(7)
 
     def vector(scale: float = 1.0, width: int = d_model) -> np.ndarray:
         return (rng.standard_normal(width) * scale).astype(np.float32)
 
     v = [vector() for _ in range(16)]
-    wide = vector(0.5, d_mlp)
+    inside_mlp = at("blocks.1.mlp.hook_post")
+    wide = vector(0.5, d_model if inside_mlp in NEAREST.values() else d_mlp)
     patch, rows = vector(), np.stack([vector() for _ in range(3)])
     prompt = Selector(named=NamedPositions.PROMPT)
     generated = Selector(named=NamedPositions.GENERATED)
@@ -127,10 +143,10 @@ def treatments(d_model: int, d_mlp: int) -> list[Treatment]:
             add("blocks.2.hook_attn_out", v[9], 1.0, listed, lambda p, n: p in (0, 2, 9)),
             ablate("blocks.3.hook_mlp_out", v[10]),
         ],
-        [add("blocks.1.mlp.hook_post", wide, 1.0, Selector(span=(3, 11)), lambda p, n: 3 <= p < 11)],
+        [add(inside_mlp, wide, 1.0, Selector(span=(3, 11)), lambda p, n: 3 <= p < 11)],
         [
             add(
-                "hook_embed",
+                at("hook_embed"),
                 v[11],
                 0.5,
                 Selector(named=NamedPositions.ALL, exclude_bos=True),
@@ -143,8 +159,8 @@ def treatments(d_model: int, d_mlp: int) -> list[Treatment]:
             add("blocks.3.hook_resid_post", v[13], 1.0, generated, lambda p, n: p >= n),
         ],
         [
-            add("blocks.0.attn.hook_z", v[14], 1.0),
-            ablate("blocks.5.attn.hook_q", v[15]),
+            add(at("blocks.0.attn.hook_z"), v[14], 1.0),
+            ablate(at("blocks.5.attn.hook_q"), v[15]),
         ],
         [
             part(

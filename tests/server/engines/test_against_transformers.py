@@ -1,4 +1,4 @@
-"""A batch of differently treated requests equals transformers with forward hooks, one at a time."""
+"""On every engine a batch of differently treated requests equals transformers with forward hooks, one at a time."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ import numpy as np
 import pytest
 import torch
 
+from glasshouse.server.types.errors import FailedPrecondition
 from glasshouse.server.types.generation import ExtractionRequest, ScoreRequest
 from glasshouse.server.types.interventions import AddVector, Intervention
 from glasshouse.server.types.readouts import ReadActivations, ReadLogitLens
+from glasshouse.wire import reasons
 
 from ...oracles import formulas
 from ...oracles.treatments import N_TOKENS, PROMPTS, READ, hooked, treatments
+from ...oracles.vllm_engines import BOTH, EVERY_ENGINE
+
+on_both = pytest.mark.parametrize("engine", BOTH, indirect=True)
 
 
+def reached(engine: Any) -> set[str]:
+    """The hook points that an engine reads and edits."""
+    return {point.name for point in engine.hook_points if point.writable}
+
+
+@pytest.mark.parametrize("engine", EVERY_ENGINE, indirect=True)
 async def test_sixteen_treatments_in_one_batch(
     engine: Any, answer: Any, oracle: Any, fable_model: Any
 ) -> None:
-    all_treatments = treatments(fable_model.d_model, fable_model.d_mlp)
+    all_treatments = treatments(fable_model.d_model, fable_model.d_mlp, reached(engine))
     prompts = [fable_model.tokenizer.encode(PROMPTS[i % len(PROMPTS)]) for i in range(len(all_treatments))]
 
     async def ours(index: int) -> Any:
@@ -55,6 +66,7 @@ async def test_sixteen_treatments_in_one_batch(
         ours_all = np.concatenate([prompt_part.values, generated_part[1:]])
         error = np.abs(ours_all - reference).max() / np.abs(reference).max()
         assert error <= 1e-5, f"treatment {index}: relative error {error}"
+        assert np.abs(ours_all - reference).max() <= 1e-4 * max(1.0, np.abs(reference).max())
         assert [token.position for token in got.tokens] == list(range(len(prompt), len(prompt) + N_TOKENS))
         fed = len(prompt) + N_TOKENS - 1
         for receipt, part in zip(got.finished.receipt, all_treatments[index], strict=True):
@@ -67,6 +79,7 @@ async def test_sixteen_treatments_in_one_batch(
             assert np.abs(difference).max() > 1e-3, f"treatment {index}"
 
 
+@on_both
 async def test_plain_greedy_equals_generate(engine: Any, answer: Any, oracle: Any, fable_model: Any) -> None:
     prompts = [fable_model.tokenizer.encode(text) for text in PROMPTS]
     answers = await asyncio.gather(*(answer(engine, prompt, max_tokens=40) for prompt in prompts))
@@ -80,6 +93,7 @@ async def test_plain_greedy_equals_generate(engine: Any, answer: Any, oracle: An
         assert got.ids == expected[0, len(prompt) :].tolist()
 
 
+@on_both
 @pytest.mark.parametrize("hook_point", ["blocks.3.hook_resid_post", "unembed"])
 async def test_score_under_an_edit(engine: Any, oracle: Any, fable_model: Any, hook_point: str) -> None:
     ids = fable_model.tokenizer.encode(PROMPTS[2])
@@ -90,6 +104,11 @@ async def test_score_under_an_edit(engine: Any, oracle: Any, fable_model: Any, h
         top_k=4,
         interventions=(Intervention(hook_point=hook_point, edit=AddVector(vector=v)),),
     )
+    if hook_point not in reached(engine):
+        with pytest.raises(FailedPrecondition) as refused:
+            await engine.score(request)
+        assert refused.value.reason == reasons.HOOK_POINT_NOT_WRITABLE
+        return
     result = await engine.score(request)
     if hook_point == "unembed":
         plain, _ = oracle.forward(ids)
@@ -106,13 +125,17 @@ async def test_score_under_an_edit(engine: Any, oracle: Any, fable_model: Any, h
     assert result.receipt[0].positions_applied == len(ids)
 
 
+@on_both
 async def test_extraction_equals_one_forward_each(engine: Any, oracle: Any, fable_model: Any) -> None:
     points = (
         "blocks.0.hook_resid_pre",
         "blocks.2.hook_attn_out",
         "blocks.5.hook_resid_post",
         "blocks.1.attn.hook_z",
+        "blocks.3.hook_resid_mid",
     )
+    points = tuple(point for point in points if point in reached(engine))
+    assert len(points) >= 4
     inputs = tuple(tuple(fable_model.tokenizer.encode(text)) for text in PROMPTS)
     seen = {}
     async for done in engine.extract(ExtractionRequest(inputs=inputs, hook_points=points)):
@@ -126,6 +149,7 @@ async def test_extraction_equals_one_forward_each(engine: Any, oracle: Any, fabl
             assert np.abs(values - reference).max() <= 1e-5 * np.abs(reference).max()
 
 
+@on_both
 async def test_logit_lens_at_the_last_layer_is_the_prediction(
     engine: Any, answer: Any, fable_model: Any
 ) -> None:

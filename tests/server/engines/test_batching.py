@@ -33,6 +33,10 @@ from glasshouse.server.types.readouts import ReadActivations
 from glasshouse.server.types.selectors import NamedPositions, Selector
 from glasshouse.wire import reasons
 
+from ...oracles.vllm_engines import BOTH
+
+on_both = pytest.mark.parametrize("engine", BOTH, indirect=True)
+
 PROMPT = "Once upon a time there was a"
 RESID = "blocks.3.hook_resid_post"
 
@@ -46,6 +50,7 @@ def add(model: Any, coefficient: float, *, hook_point: str = RESID, seed: int = 
     return Intervention(hook_point=hook_point, edit=AddVector(vector=v, coefficient=coefficient))
 
 
+@on_both
 @pytest.mark.parametrize(
     "sampling", [{}, {"top_k": 20}, {"top_p": 0.8}, {"temperature": 1.7, "top_k": 50, "top_p": 0.9}]
 )
@@ -76,6 +81,7 @@ async def test_a_seed_gives_the_same_tokens_in_any_company(
     assert crowded.finished.seed == 11
 
 
+@on_both
 async def test_samples_follow_the_model_distribution(
     engine: Any, answer: Any, oracle: Any, fable_model: Any
 ) -> None:
@@ -101,6 +107,7 @@ async def test_samples_follow_the_model_distribution(
     assert chi_square < 35  # 10 degrees of freedom: p < 1e-4
 
 
+@on_both
 async def test_top_k_one_is_greedy(engine: Any, answer: Any, fable_model: Any) -> None:
     prompt = encode(fable_model)
     greedy = await answer(engine, prompt, max_tokens=12)
@@ -109,6 +116,7 @@ async def test_top_k_one_is_greedy(engine: Any, answer: Any, fable_model: Any) -
     assert greedy.ids == narrowed.ids == nucleus.ids
 
 
+@on_both
 async def test_stop_string_ends_before_it_and_is_never_shown(
     engine: Any, answer: Any, fable_model: Any
 ) -> None:
@@ -126,6 +134,7 @@ async def test_stop_string_ends_before_it_and_is_never_shown(
     assert almost.finished.reason is FinishReason.LENGTH
 
 
+@on_both
 async def test_stop_tokens(engine: Any, answer: Any, fable_model: Any) -> None:
     prompt = encode(fable_model)
     plain = await answer(engine, prompt, max_tokens=20, ignore_eos=True)
@@ -136,6 +145,7 @@ async def test_stop_tokens(engine: Any, answer: Any, fable_model: Any) -> None:
     assert stopped.text == fable_model.tokenizer.decode(plain.ids[:cut])
 
 
+@on_both
 async def test_leaving_frees_the_place_within_a_step(engine: Any, answer: Any, fable_model: Any) -> None:
     request = GenerationRequest(prompt=encode(fable_model), max_tokens=400, ignore_eos=True)
     for _ in range(50):
@@ -171,6 +181,7 @@ async def test_the_queue_is_bounded_and_says_when_to_return(fable_model: Any, an
         await engine.stop()
 
 
+@on_both
 async def test_a_row_driven_to_infinity_fails_alone(engine: Any, answer: Any, fable_model: Any) -> None:
     prompt = encode(fable_model)
     alone = await answer(engine, prompt, max_tokens=25, ignore_eos=True)
@@ -335,6 +346,7 @@ def _bad(model: Any) -> list[tuple[dict[str, Any], type[ServingError], str, str]
     ]
 
 
+@on_both
 @pytest.mark.parametrize("case", range(18))
 async def test_refusals_name_the_field(engine: Any, answer: Any, fable_model: Any, case: int) -> None:
     cases = _bad(fable_model)

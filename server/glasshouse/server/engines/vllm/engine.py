@@ -377,8 +377,7 @@ class VllmEngine(Engine):
                 for index, token in enumerate(new):
                     read = NOTHING
                     if join is not None and join.reads:
-                        last = output.finished and index == len(new) - 1
-                        read = await join.before(len(token_ids), token_ids[-1], last=last)
+                        read = await join.before(len(token_ids), token_ids[-1])
                     entry = completion.logprobs[index]
                     top = top_tokens(entry, request.top_logprobs) if request.top_logprobs else None
                     ending = transcript.push(token, entry[token].logprob, top, read)

@@ -73,11 +73,14 @@ class RowBlock:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepReport:
-    """One message. `armed`: tags whose plan is installed from this step on (on this rank)."""
+    """One message. `armed`: tags whose plan is installed from this step on (on this rank). `closed`: tags that this rank
+    has let go of, for vLLM is done with them: nothing of theirs comes after.
+    """
 
     rank: int
     step: int
     armed: tuple[int, ...] = ()
+    closed: tuple[int, ...] = ()
     errors: tuple[StepError, ...] = ()
     ran: Ran | None = None
     blocks: tuple[RowBlock, ...] = ()
@@ -95,6 +98,7 @@ class _Header:
     rank: int
     step: int
     armed: tuple[int, ...]
+    closed: tuple[int, ...]
     errors: tuple[tuple[int, str, str], ...]
     n_ran: int
     blocks: tuple[_BlockHeader, ...]
@@ -130,6 +134,7 @@ def pack_report(report: StepReport) -> list[Any]:
         rank=report.rank,
         step=report.step,
         armed=report.armed,
+        closed=report.closed,
         errors=tuple((error.tag, error.reason, error.message) for error in report.errors),
         n_ran=0 if ran is None else len(ran.tags),
         blocks=tuple(headers),
@@ -169,6 +174,7 @@ def unpack_report(frames: Sequence[Any]) -> StepReport:
         rank=header.rank,
         step=header.step,
         armed=header.armed,
+        closed=header.closed,
         errors=tuple(
             StepError(tag=tag, reason=reason, message=message) for tag, reason, message in header.errors
         ),

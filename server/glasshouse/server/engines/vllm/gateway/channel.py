@@ -113,6 +113,10 @@ class ReportChannel:
                     touched[tag] = join
         for block in report.blocks:
             _share(block, joins, touched)
+        for tag in report.closed:
+            if (join := joins.get(tag)) is not None:
+                join.closed(report.rank)
+                touched[tag] = join
         for error in report.errors:
             if (join := joins.get(error.tag)) is not None:
                 self.statistics.captures_failed += 1

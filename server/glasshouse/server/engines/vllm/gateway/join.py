@@ -3,7 +3,7 @@
 - Nothing is handed out before every reporting worker has armed the request's plan.
 - A row is keyed by its position, and the last one wins: after preemption a position runs again.
 - Under speculation a row may be of a draft that was rejected. A run's first position is always a confirmed token, so a
-  row is sure once its run began there, or once a later run began beyond it.
+  row is sure once its run began there, once a later run began beyond it, or once the worker has let go of the request.
 - What does not come in time is an error, never an answer without it.
 """
 
@@ -161,6 +161,7 @@ class Join:
         self._edits, self._readouts = edits, readouts
         self._settings, self._statistics, self._drain = settings, statistics, drain
         self._unarmed = set(settings.reporters)
+        self._unclosed = set(settings.reporters)
         self._readings = {readout.index: _Reading(readout, plan.n_prompt) for readout in plan.readouts}
         self._ledgers = {
             rank: Ledger(own)
@@ -179,6 +180,10 @@ class Join:
     def arm(self, rank: int) -> None:
         """A worker has installed the plan."""
         self._unarmed.discard(rank)
+
+    def closed(self, rank: int) -> None:
+        """A worker has let go of the request: nothing more comes from it."""
+        self._unclosed.discard(rank)
 
     def ran(self, rank: int, start: int, count: int, applied: int) -> None:
         """A worker ran positions of the request."""
@@ -237,10 +242,8 @@ class Join:
         )
         return tuple(self._readings[readout.index].of_prompt(readout) for readout in self._readouts)
 
-    async def before(self, position: int, token_id: int, *, last: bool) -> Mapping[int, ReadoutValue]:
-        """What was read at `position` - 1, where `token_id` was fed: the readouts of the token at `position`. `last`: no
-        run comes after that token.
-        """
+    async def before(self, position: int, token_id: int) -> Mapping[int, ReadoutValue]:
+        """What was read at `position` - 1, where `token_id` was fed: the readouts of the token at `position`."""
         if position == self._plan.n_prompt:
             found = {index: reading.last_of_prompt() for index, reading in self._readings.items()}
             return {index: value for index, value in found.items() if value is not None}
@@ -252,7 +255,7 @@ class Join:
         ]
 
         def here() -> bool:
-            return all(fed in later and self._sure(fed, later[fed][1], last) for _, later in wanted)
+            return all(fed in later and self._sure(fed, later[fed][1]) for _, later in wanted)
 
         if not here():
             self._drain()
@@ -266,9 +269,11 @@ class Join:
             values[index] = value
         return values
 
-    def _sure(self, position: int, run_start: int, last: bool) -> bool:
+    def _sure(self, position: int, run_start: int) -> bool:
         """Whether the row at a position is of the token that stayed."""
-        return not self._settings.speculating or last or run_start == position or self._run_start > position
+        if not self._settings.speculating or run_start == position:
+            return True
+        return self._run_start > position or not self._unclosed
 
     async def receipt(self, token_ids: Sequence[int], n_fed: int) -> tuple[InterventionReceipt, ...]:
         """What was applied at the `n_fed` positions of `token_ids` that were fed.

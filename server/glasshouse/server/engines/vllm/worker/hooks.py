@@ -85,6 +85,7 @@ class Hooks:
         self._fired = bytearray(len(found))
         self._failures: list[tuple[Action, Exception]] = []
         self._armed: list[int] = []
+        self._closed: list[int] = []
         self._errors: list[StepError] = []
         self._plan: StepPlan | None = None
         self._active = False
@@ -135,6 +136,8 @@ class Hooks:
         """Requests that begin, with their packed plans (None: not ours), and ids of those that ended."""
         if self._requests:
             for req_id in finished:
+                if req_id in self._requests:
+                    self._closed.append(self._requests[req_id].tag)
                 self._drop(req_id)
         for req_id, packed in new:
             if packed is not None:
@@ -166,7 +169,7 @@ class Hooks:
     def finish(self) -> None:
         """Answers readouts and reports, after the forward pass."""
         if not self._active:
-            if self._armed or self._errors or self._reporter.has_pending:
+            if self._armed or self._closed or self._errors or self._reporter.has_pending:
                 self._report(None, ())
             return
         plan = self._plan
@@ -347,11 +350,13 @@ class Hooks:
 
     def _report(self, ran: Ran | None, blocks: Sequence[RowBlock]) -> None:
         self._step += 1
-        armed, errors = self._armed, self._errors
-        self._armed, self._errors = [], []
+        armed, closed, errors = self._armed, self._closed, self._errors
+        self._armed, self._closed, self._errors = [], [], []
         try:
             if self._reports_rows:
-                self._reporter.report(self._step, armed=armed, errors=errors, ran=ran, blocks=blocks)
+                self._reporter.report(
+                    self._step, armed=armed, closed=closed, errors=errors, ran=ran, blocks=blocks
+                )
             elif errors:
                 self._reporter.report(self._step, errors=errors)
         except Exception as error:

@@ -32,6 +32,7 @@ class Reporter:
         # Armed tags, errors and runs that could not be sent yet: small, and never lost. Runs are bounded by what the
         # requests of one overflow can run before they are aborted.
         self._armed: list[int] = []
+        self._closed: list[int] = []
         self._errors: list[StepError] = []
         self._ran: list[Ran] = []
         self.n_messages = 0
@@ -58,13 +59,14 @@ class Reporter:
     @property
     def has_pending(self) -> bool:
         """Whether something small waits to be sent."""
-        return bool(self._armed or self._errors or self._ran)
+        return bool(self._armed or self._closed or self._errors or self._ran)
 
     def report(
         self,
         step: int,
         *,
         armed: Sequence[int] = (),
+        closed: Sequence[int] = (),
         errors: Sequence[StepError] = (),
         ran: Ran | None = None,
         blocks: Sequence[RowBlock] = (),
@@ -73,11 +75,12 @@ class Reporter:
         already as far as the gateway will learn.
         """
         self._armed.extend(armed)
+        self._closed.extend(closed)
         self._errors.extend(errors)
         if ran is not None:
             self._ran.append(ran)
         if self._socket is None:
-            for waiting in (self._armed, self._errors, self._ran):
+            for waiting in (self._armed, self._closed, self._errors, self._ran):
                 waiting.clear()
             return ()
         parts = [part for block in blocks for part in self._split(block)]
@@ -109,6 +112,7 @@ class Reporter:
             rank=self._rank,
             step=step,
             armed=tuple(self._armed),
+            closed=tuple(self._closed),
             errors=tuple(self._errors),
             ran=ran,
             blocks=blocks,
@@ -122,6 +126,7 @@ class Reporter:
         self.n_messages += 1
         self.n_bytes += sum(_n_bytes(block) for block in blocks)
         self._armed.clear()
+        self._closed.clear()
         self._errors.clear()
         if ran is not None:
             del self._ran[0]
