@@ -253,6 +253,9 @@ async def test_a_probe_trained_elsewhere(served: Served) -> None:
     wrong.weights.layers[0].biases.CopyFrom(pack(np.array([np.nan], np.float32)))
     refused = await refusal(lambda: stub.CreateProbe(wrong))
     assert refused.reason == "VALUE_NOT_FINITE"
+    again = (await stub.CreateProbe(request)).probe
+    assert again.name == created.name, "the same once more: a caller that did not hear may repeat itself"
+    request.publication.description = "something else"
     taken = await refusal(lambda: stub.CreateProbe(request))
     assert taken.code == "ALREADY_EXISTS" and taken.metadata["next_version"] == "2"
 

@@ -50,6 +50,8 @@ def _read(kind: Any, value: Any) -> Any:
             return tuple(_read(parts[0], item) for item in value)
         return tuple(_read(part, item) for part, item in zip(parts, value, strict=True))
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{value!r} is not {kind.__name__}")
         kinds = typing.get_type_hints(kind)
         names = {field.name for field in dataclasses.fields(kind)}
         return kind(**{name: _read(kinds[name], item) for name, item in value.items() if name in names})

@@ -45,7 +45,7 @@ def opened(settings: RegistrySettings) -> Iterator[Registry]:
         if not (settings.url and settings.blobs):
             _make(folder)
     except OSError as error:
-        if settings.data or settings.url:
+        if settings.data or settings.url or DATA_VARIABLE in os.environ:
             raise _not_writable(folder, error) from error
         _log.warning(
             "registry_is_temporary",
