@@ -127,3 +127,17 @@ def test_a_circuit_of_a_size(various: GradientModel, clean: Tensor, corrupt: Ten
     assert torch.equal(again.kept, found.kept)
     with pytest.raises(InvalidArgument, match="n_edges"):
         discover_circuit_of_size(various, clean, corrupt, n_edges=0)
+
+
+def test_several_pairs_share_a_circuit(various: GradientModel) -> None:
+    """Of one pair twice it is that pair's; of two the metric is their mean."""
+    drawn = torch.randint(3, 61, (4, 7), generator=torch.Generator().manual_seed(8))
+    clean, corrupt = drawn[:2], drawn[2:]
+    alone = discover_circuit(various, clean[:1], corrupt[:1], threshold=0.05)
+    twice = discover_circuit(various, clean[:1].repeat(2, 1), corrupt[:1].repeat(2, 1), threshold=0.05)
+    assert torch.equal(alone.kept, twice.kept)
+    both = discover_circuit(various, clean, corrupt, threshold=0.05)
+    values = [
+        EdgeExperiment(both.wiring, clean[i : i + 1], corrupt[i : i + 1]).value(both.kept) for i in range(2)
+    ]
+    assert both.value == pytest.approx(sum(values) / 2, abs=1e-5)

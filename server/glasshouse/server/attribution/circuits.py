@@ -91,36 +91,36 @@ class EdgeExperiment:
             if metric is None:
                 metric = KLDivergence(reference=KLDivergence.reference_of(clean))
         self._metric = metric
-        self._plain: PlainRun | None = None
-        if self._clean.shape[0] == 1:
-            contributions = wiring.contributions(clean.readings)
-            self._plain = PlainRun(base=model.base_run(self._clean), contributions=contributions)
+        contributions = wiring.contributions(clean.readings)
+        self._plain = PlainRun(base=model.base_run(self._clean), contributions=contributions)
         early = [model.table.resolve(name).layer or 0 for name in metric.reads]
         self._earliest_read = min(early, default=model.n_layers)
         self.n_passes = 0
 
     @property
     def rows_at_once(self) -> int:
-        """How many sets of edges one pass can try."""
-        return ROWS_AT_ONCE if self._plain is not None else 1
+        """How many sets of edges one pass can try: of several input pairs, one."""
+        return ROWS_AT_ONCE if len(self._clean) == 1 else 1
 
     @torch.no_grad()
     def values(self, kept_RSN: Tensor) -> list[float]:
-        """The metric of several sets of edges, as rows of one pass. Of one input pair only."""
+        """The metric of up to `rows_at_once` sets of edges by one pass; the mean over several input pairs."""
         self.n_passes += 1
         mask = (~kept_RSN & self.wiring.valid).float()
         masked = mask.flatten(0, 1).any(0).tolist()
         layers = [d.layer for d, any_ in zip(self.wiring.destinations, masked) if any_]
+        single = len(self._clean) == 1
         run = forward_with_edges(
             self.wiring,
-            self._clean.expand(len(kept_RSN), -1),
+            self._clean.expand(len(kept_RSN), -1) if single else self._clean,
             self._corrupt_SBTD,
-            mask,
+            mask if single else mask[0],
             read=self._metric.reads,
             plain=self._plain,
             first_layer=min([*layers, self._earliest_read, self.wiring.model.n_layers - 1]),
         )
-        return [float(value) for value in self._metric(run)]
+        found = self._metric(run)
+        return [float(value) for value in found] if single else [float(found.mean())]
 
     @torch.no_grad()
     def value(self, kept_SN: Tensor) -> float:

@@ -28,7 +28,9 @@ from glasshouse.server.attribution.wiring import QKV, Destination, Wiring
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PlainRun:
-    """The unmasked pass over one input: what a later start needs. contributions: (S, 1, T, D)."""
+    """The unmasked pass over the inputs: what a later start needs. contributions: (S, B, T, D), B 1 for one input in
+    every row.
+    """
 
     base: BaseRun
     contributions: Tensor
@@ -70,12 +72,12 @@ class _EdgePatch:
         self._streams: dict[str, Tensor] = {}
         self._live = mask.detach().ne(0).flatten(0, -2).any(0).tolist()  # destinations with a masked edge
 
-    def begin(self, contributions_S1TD: Tensor) -> None:
+    def begin(self, contributions_SBTD: Tensor) -> None:
         """Take the differences of the layers before the first from the plain pass."""
-        n_rows = self._mask.shape[0] if self._mask.ndim == 3 else 1
+        n_rows = self._mask.shape[0] if self._mask.ndim == 3 else contributions_SBTD.shape[1]
         early = [source.layer < self._start for source in self._wiring.sources]
         for row in range(sum(early)):
-            difference = self._corrupt[row] - contributions_S1TD[row]
+            difference = self._corrupt[row] - contributions_SBTD[row]
             self._differences.append(difference.expand(n_rows, -1, -1))
 
     def edits(self) -> dict[str, list[Edit]]:

@@ -177,14 +177,14 @@ class GradientModel:
         )
 
     @torch.no_grad()
-    def base_run(self, tokens_1T: Tensor) -> BaseRun:
-        """What passes that `resume` start from: one row's streams, keys and values."""
+    def base_run(self, tokens_BT: Tensor) -> BaseRun:
+        """What passes that `resume` start from: each row's streams, keys and values."""
         base, names = BaseRun(), [f"blocks.{layer}.hook_resid_pre" for layer in range(self.n_layers)]
         visit = _Visit(set(names), set(), {}, {}, NOTHING_FROZEN, False)
         with torch.inference_mode(False), self._lock:
-            self.loaded.attention.memory = RecordingMemory(self.loaded, base, tokens_1T.shape[1])
+            self.loaded.attention.memory = RecordingMemory(self.loaded, base, tokens_BT.shape[1])
             try:
-                self._run(tokens_1T, visit, None)
+                self._run(tokens_BT, visit, None)
             finally:
                 self.loaded.attention.memory = None
         base.streams.update({layer: visit.readings[name] for layer, name in enumerate(names)})

@@ -28,7 +28,9 @@ from glasshouse.server.models.loaded import LoadedModel
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BaseRun:
-    """keys, values: layer -> (1, K, T, D). streams: layer -> (1, T, d_model), what enters it."""
+    """keys, values: layer -> (B, K, T, D). streams: layer -> (B, T, d_model), what enters it. B is 1, for a base that
+    every row of a later pass shares, or that pass' number of rows.
+    """
 
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -137,7 +139,8 @@ def run_suffix(loaded: LoadedModel, tokens_BT: Tensor, resume: Resume, detach: C
         if not family.direct:  # the base module prepares what its blocks take: it runs whole
             return family.forward_hidden(loaded.model, tokens_BT[:, start:], positions)
         base: Any = loaded.model.get_submodule(family.base)
-        stream = resume.base.streams[resume.layer][:, start:].repeat(n_rows, 1, 1)
+        stream = resume.base.streams[resume.layer][:, start:]
+        stream = stream.repeat(n_rows // len(stream), 1, 1)
         rotary = base.rotary_emb(stream, position_ids=positions)
 
         def run(block: Any, stream: Tensor, rotary: Any, positions: Tensor) -> Tensor:
