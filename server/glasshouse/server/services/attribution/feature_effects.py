@@ -29,7 +29,7 @@ from glasshouse.wire import reasons
 from .. import fields, parameters
 from ..call import Call
 from ..catalogue import ServedModel
-from .answers import announced, array, fed, pieces
+from .answers import announced, array, fed, naming, pieces
 from .graphs import Graphs
 from .metrics import MetricReader
 from .office import Office
@@ -89,8 +89,10 @@ class FeatureEffects:
         )
 
         def work(twin: GradientModel, ticket: Ticket) -> tuple[Effects, tuple[int, ...], Transcoders]:
+            found = Transcoders(twin, asked.dictionaries)
+            _check_features(found, settings)
             wanted = chooser.resolved(twin, named, len(tokens) - 1)
-            return feature_effects.measure(twin, asked), wanted, Transcoders(twin, asked.dictionaries)
+            return feature_effects.measure(twin, asked), wanted, found
 
         effects, wanted, found = await office.run(model, work)
         result = _result(model, tokens, effects, wanted, n_top, mode)
@@ -121,6 +123,7 @@ class FeatureEffects:
         office = self._office
         model = office.catalogue.find(request.model, "model")
         chosen = transcoders(model.engine.dictionaries, request.transcoders, field="transcoders")
+        await office.check_transcoders(model, chosen, "transcoders")
         top = fields.whole(request.top or 10, "top", 1, MOST_CONNECTIONS)
         fields.whole(request.layer, "layer", 0, model.engine.info.n_layers - 1)
 
@@ -153,7 +156,9 @@ class FeatureEffects:
             reader = office.reader(model)
             tokens = await reader.prompt(request.input, request.HasField("input"), "input")
             store = model.engine.dictionaries
-            return model, tokens, transcoders(store, request.transcoders, field="transcoders"), None
+            chosen = transcoders(store, request.transcoders, field="transcoders")
+            await office.check_transcoders(model, chosen, "transcoders")
+            return model, tokens, chosen, None
         for field, given in (
             ("input", request.HasField("input")),
             ("transcoders", bool(request.transcoders)),
@@ -165,7 +170,8 @@ class FeatureEffects:
                     field=field,
                     remedy=f"leave {field} out, or the graph",
                 )
-        stored, graph = await asyncio.to_thread(self._graphs.stored, request.graph)
+        with naming("graph"):
+            stored, graph = await asyncio.to_thread(self._graphs.stored, request.graph)
         model = office.catalogue.find(request.model or stored.facts["model"], "model")
         if model.resource_name != stored.facts["model"]:
             raise InvalidArgument(
@@ -193,7 +199,8 @@ class FeatureEffects:
             raise fields.out_of_range("generate.max_tokens", asked.max_tokens, "at least 1")
         limit = self._office.limits.max_tokens
         fields.count(asked.max_tokens, "generate.max_tokens", limit, "max_tokens", "tokens to generate")
-        self._office.reader(model).check_fits(len(tokens), asked.max_tokens, "generate.max_tokens")
+        with naming("generate.max_tokens"):
+            self._office.reader(model).check_fits(len(tokens), asked.max_tokens, "")
         temperature = fields.finite(asked.temperature, "generate.temperature")
         if not 0 <= temperature <= parameters.MAX_TEMPERATURE:
             bounds = f"from 0 to {parameters.MAX_TEMPERATURE:g}"
@@ -230,6 +237,20 @@ def _settings(request: pb.InterveneOnFeaturesRequest, n_tokens: int) -> list[Fea
             )
         )
     return found
+
+
+def _check_features(found: Transcoders, settings: Sequence[FeatureSetting]) -> None:
+    for index, setting in enumerate(settings):
+        if found.find(setting.layer, setting.index) is None:
+            layers = ", ".join(map(str, sorted(found.reads)))
+            size = found.n_features(setting.layer)
+            raise InvalidArgument(
+                f"there is no feature {setting.index} of layer {setting.layer}",
+                reason=reasons.FEATURE_OUT_OF_RANGE,
+                field=f"settings[{index}]",
+                value=f"{setting.layer}/{setting.index}",
+                remedy=f"use a feature from 0 to {size - 1}" if size else f"use a layer of {layers}",
+            )
 
 
 def _edits(

@@ -101,6 +101,7 @@ class Graphs:
         reader = office.reader(model)
         tokens = await reader.prompt(request.input, request.HasField("input"), "input")
         chosen = transcoders(model.engine.dictionaries, request.transcoders, field="transcoders")
+        await office.check_transcoders(model, chosen, "transcoders")
         targets = _targets(request.targets, model, MetricReader(model, reader, tokens))
         for name, is_set in (
             ("desired_logit_probability", request.HasField("desired_logit_probability")),

@@ -9,6 +9,8 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from glasshouse.server.attribution.gradient_model import GradientModel
+from glasshouse.server.attribution.transcoders import Transcoders
+from glasshouse.server.dictionaries.store import HeldDictionary
 from glasshouse.server.operations.attribution import budget
 from glasshouse.server.operations.attribution.budget import Estimate
 from glasshouse.server.operations.attribution.costs import Costs
@@ -24,6 +26,7 @@ from glasshouse.wire import reasons
 from ..call import Call
 from ..catalogue import Catalogue, ServedModel
 from ..inputs import InputReader
+from .answers import naming
 
 T = TypeVar("T")
 
@@ -116,6 +119,17 @@ class Office:
 
         most = None if operation else self.settings.max_call_seconds
         budget.check(await self.run(model, estimate), self.settings, seconds=most)
+
+    async def check_transcoders(
+        self, model: ServedModel, chosen: Sequence[HeldDictionary], field: str
+    ) -> None:
+        """Refuses dictionaries that cannot stand in for the model's MLPs together."""
+
+        def check(twin: GradientModel, ticket: Ticket) -> None:
+            with naming(field):
+                Transcoders(twin, [item.dictionary for item in chosen])
+
+        await self.run(model, check)
 
     def reader(self, model: ServedModel) -> InputReader:
         """What turns inputs into tokens of a model."""

@@ -86,7 +86,7 @@ class InputAttribution:
                 hook_point=point.name,
                 method=method,
                 steps=steps,
-                baseline=_baseline(twin, request, point.name, other, given),
+                baseline=_baseline(twin, request, point.name, len(tokens), other, given),
                 freeze=frozen,
                 batch_size=office.costs.batch_size(twin, 0, len(tokens), default=16),
                 progress=ticket,
@@ -265,11 +265,22 @@ def _baseline(
     twin: GradientModel,
     request: pb.AttributeTokensRequest,
     hook_point: str,
+    n_tokens: int,
     other: Sequence[int] | None,
     given: Tensor | None,
 ) -> Tensor | None:
     """(T, D) or (D,); None is zeros."""
     if given is not None:
+        width = twin.table.resolve(hook_point).width
+        shapes = ((width,), (n_tokens, width))
+        if tuple(given.shape) not in shapes:
+            raise InvalidArgument(
+                f"the baseline has shape {tuple(given.shape)}, {hook_point} takes {shapes[0]} or {shapes[1]}",
+                reason=reasons.WRONG_WIDTH,
+                field="baseline_activations",
+                value=tuple(given.shape),
+                remedy="give one vector, or one a position",
+            )
         return given.to(twin.loaded.device)
     with torch.no_grad():
         if other is not None:
