@@ -17,7 +17,10 @@ from glasshouse.client import (
     AsyncClient,
     AttributionGraph,
     Client,
+    InvalidArgumentError,
     Model,
+    NotFoundError,
+    ProbeWeights,
     direction_value,
     feature_grid,
     feature_setting,
@@ -29,6 +32,7 @@ from glasshouse.client import (
     patch_grid,
     patch_node,
     probability,
+    probe_value,
 )
 from glasshouse.server.attribution import attribution_graph, circuits, direct, sweeps, tokens
 from glasshouse.server.attribution.attribution_patching import attribution_patch
@@ -323,6 +327,23 @@ def test_metrics_mean_what_they_say(model: Model, ids: dict[str, Any]) -> None:
     )
     feature, activation = model.dictionary(SAE).encode(CLEAN).top(k=1).rows[12].features[0]
     assert value(feature_value(SAE, feature, position=12)) == pytest.approx(activation, abs=1e-2)
+
+
+def test_a_probe_is_a_metric(model: Model) -> None:
+    at = "blocks.4.hook_resid_post"
+    drawn = np.random.default_rng(1).standard_normal((192, 1)).astype(np.float32)
+    weights = ProbeWeights(layers=[(drawn, np.array([0.25], np.float32))])
+    probe = model.create_probe("drawn", weights, labels=["no", "yes"], hook_points=at)
+    found = model.attribute_tokens(CLEAN, probe_value(probe), baseline="mean_embedding", steps=64)
+    read = model.activations(CLEAN, hook_points=at)[at][-1].astype(np.float32)
+    assert found.value == pytest.approx(float((read @ drawn).item()) + 0.25, abs=1e-2)
+    assert abs(found.residual) < 0.05
+    with pytest.raises(NotFoundError) as caught:
+        model.attribute_tokens(CLEAN, probe_value("nope"))
+    assert caught.value.field == "metric.probe.probe"
+    with pytest.raises(InvalidArgumentError) as refused:
+        model.attribute_tokens(CLEAN, probe_value("drawn", "maybe"))
+    assert refused.value.field == "metric.probe.label"
 
 
 def test_a_graph_is_the_one_traced_here(

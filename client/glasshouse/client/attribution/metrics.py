@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,18 @@ from numpy.typing import NDArray
 from glasshouse.client.arrays import VectorLike, as_float32
 from glasshouse.client.dictionaries.names import DictionaryLike, dictionary_name
 from glasshouse.client.inputs import Input, InputLike, as_input
+
+
+class NamedProbe(Protocol):
+    """A handle, or the info of one."""
+
+    @property
+    def resource_name(self) -> str:
+        """`models/{model}/probes/{probe}@{version}`."""
+
+
+ProbeLike: TypeAlias = "str | NamedProbe"
+"""A probe's handle, or its name."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +154,9 @@ def feature_value(
     return FeatureValue(position, dictionary_name(dictionary), feature, pre_activation)
 
 
-def probe_value(probe: str, label: str = "", *, position: int | None = None) -> Metric:
+def probe_value(probe: ProbeLike, label: str = "", *, position: int | None = None) -> Metric:
     """A probe's log-odds, of one of its labels where it knows several."""
-    return ProbeValue(position, probe, label)
+    return ProbeValue(position, probe if isinstance(probe, str) else probe.resource_name, label)
 
 
 def token_choice(value: TokensLike) -> TokenChoice:

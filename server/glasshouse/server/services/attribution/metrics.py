@@ -16,6 +16,7 @@ from glasshouse.server.attribution.metrics import (
     LogProbability,
     Metric,
     Probability,
+    ProbeValue,
 )
 from glasshouse.server.types.errors import InvalidArgument
 from glasshouse.v1 import metrics_pb2 as pb
@@ -82,7 +83,7 @@ class MetricReader:
             case "feature":
                 return self._feature(message.feature, position, at)
             case _:
-                raise fields.not_served(at, "probes as metrics")
+                return await self._probe(message.probe, position, at)
 
     def position(self, position: int | None, field: str) -> int:
         """A position of the clean input; the last where none is given."""
@@ -219,6 +220,21 @@ class MetricReader:
                 )
             direction = torch.from_numpy(array).to(model.loaded.device)
             return DirectionValue(position=position, hook_point=point.name, direction=direction, bias=bias)
+
+        return make
+
+    async def _probe(self, message: pb.ProbeValue, position: int, field: str) -> MakeMetric:
+        if not message.probe:
+            raise fields.required(f"{field}.probe", "whose score", "name a probe; ListProbes lists them")
+        held = await self._model.engine.concepts.probe(message.probe, field=f"{field}.probe")
+        held.probe.column(message.label, field=f"{field}.label")
+
+        def make(model: GradientModel) -> Metric:
+            for name in held.probe.facts.hook_points:
+                model.table.resolve(name, field=f"{field}.probe")
+            return ProbeValue(
+                position=position, probe=held.probe.to(model.loaded.device), label=message.label
+            )
 
         return make
 

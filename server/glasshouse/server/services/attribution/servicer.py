@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from google.longrunning import operations_pb2
@@ -28,6 +29,8 @@ from .patching import Patching
 from .results import estimate_message
 from .tokens import InputAttribution
 
+_SWEEP_S = 60.0
+
 
 class AttributionServicer:
     """Serves `glasshouse.v1.AttributionService`. Made within a running event loop; `stop` ends its threads."""
@@ -52,10 +55,19 @@ class AttributionServicer:
         self._graphs, self._circuits = Graphs(office), Circuits(office)
         self._effects = FeatureEffects(office, self._graphs)
 
+        self._sweeping = asyncio.create_task(self._sweep())
+
     def stop(self) -> None:
         """Stops what is being computed; temporary results go."""
+        self._sweeping.cancel()
         self._office.lanes.stop()
         self._office.results.close()
+
+    async def _sweep(self) -> None:
+        """Deletes what expires, whether or not anybody asks."""
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self._office.settings.keep_s))
+            await asyncio.to_thread(self._office.results.sweep)
 
     def AttributeTokens(
         self, request: pb.AttributeTokensRequest, call: Call
