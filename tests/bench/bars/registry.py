@@ -14,6 +14,7 @@ from . import (
     exactness,
     extraction,
     features,
+    monitors,
     probes,
     startup,
     static_batch,
@@ -35,5 +36,6 @@ BARS: Mapping[str, Bar] = {
     "probes": probes.run,
     "dictionaries": dictionaries.run,
     "attribution": attribution.run,
+    "monitors": monitors.run,
     "attribution_latency": attribution_latency.run,
 }

@@ -234,8 +234,9 @@ class _Part:
     rows: Sequence[int]
     watches: Sequence[RequestWatch]
     slots_R: Slots
-    # What counts at a generated position.
+    # What counts at a generated position; `everyone`: all of it.
     base_RM: Masks
+    everyone: bool
 
 
 class WatchedPass:
@@ -243,12 +244,12 @@ class WatchedPass:
     the same rows.
     """
 
-    def __init__(self, watches: Sequence[RequestWatch | None]) -> None:
+    def __init__(self, watches: Sequence[RequestWatch | None], *, one_token: bool) -> None:
         rows: dict[int, list[int]] = {}
         for row, watch in enumerate(watches):
             if watch is not None:
                 rows.setdefault(id(watch.roster), []).append(row)
-        self._parts = [_part(watches, chosen) for chosen in rows.values()]
+        self._parts = [_part(watches, chosen, one_token) for chosen in rows.values()]
         self.points = frozenset(name for part in self._parts for name in part.roster.columns.points)
 
     def begin(self) -> None:
@@ -256,11 +257,11 @@ class WatchedPass:
         for part in self._parts:
             part.scoring.begin()
 
-    def at(self, name: str, tensor: Any) -> None:
+    def at(self, name: str, tensor: Any, *, may_change: bool) -> None:
         """A hook point ran; (B, T, W)."""
         for part in self._parts:
             if name in part.roster.columns.at:
-                part.scoring.at(name, tensor)
+                part.scoring.at(name, tensor, may_change=may_change)
 
     def conclude_step(self, positions: Sequence[int], token_ids: Sequence[int]) -> bool:
         """Steps the rules over a pass of one generated token a row: `positions` and `token_ids` are the rows'. Returns
@@ -269,15 +270,16 @@ class WatchedPass:
         changed = False
         for part in self._parts:
             roster, scores_RM, use_RM = part.roster, part.scoring.scores()[:, 0], part.base_RM
-            if roster.skip_token_ids:
-                skipped = [token_ids[row] in roster.skip_token_ids for row in part.rows]
-                if any(skipped):
-                    use_RM = use_RM & ~(np.array(skipped)[:, None] & roster.skips_M)
+            everyone = part.everyone
+            if not roster.skip_token_ids.isdisjoint(token_ids):
+                skipped = np.array([token_ids[row] in roster.skip_token_ids for row in part.rows])
+                use_RM = use_RM & ~(skipped[:, None] & roster.skips_M)
+                everyone = False
             for column in roster.columns.pooled:
                 for place in np.flatnonzero(use_RM[:, column]):
                     self._pool(part, int(place), column, np.ones(1, dtype=bool), scores_RM[place : place + 1])
             roster.log.add(scores_RM, use_RM)
-            crossings = roster.rules.step(part.slots_R, scores_RM, use_RM)
+            crossings = roster.rules.step(part.slots_R, scores_RM, None if everyone else use_RM)
             if crossings:
                 places = [(part.watches[crossing.place], crossing) for crossing in crossings]
                 rows = [part.rows[crossing.place] for crossing in crossings]
@@ -309,23 +311,29 @@ class WatchedPass:
         scores_TM[chosen_T, column] = part.scoring.pooled(place, column, chosen_T, pools)
 
 
-def watched_pass(watches: Sequence[RequestWatch | None]) -> WatchedPass | None:
-    """The watches of a pass, None where nobody looks at any of its rows."""
-    return WatchedPass(watches) if any(watch is not None for watch in watches) else None
+def watched_pass(watches: Sequence[RequestWatch | None], *, one_token: bool = False) -> WatchedPass | None:
+    """The watches of a pass, None where nobody looks at any of its rows. `one_token`: of decoding steps of these rows."""
+    looking = any(watch is not None for watch in watches)
+    return WatchedPass(watches, one_token=one_token) if looking else None
 
 
-def _part(watches: Sequence[RequestWatch | None], rows: Sequence[int]) -> _Part:
+def _part(watches: Sequence[RequestWatch | None], rows: Sequence[int], one_token: bool) -> _Part:
     chosen = [watch for row in rows if (watch := watches[row]) is not None]
     roster = chosen[0].roster
+    base_RM = np.stack([watch.watched_M & roster.on_generated_M for watch in chosen])
     return _Part(
         roster=roster,
         scoring=ScorePass(
-            columns=roster.columns, n_rows=len(rows), rows=None if len(rows) == len(watches) else rows
+            columns=roster.columns,
+            n_rows=len(rows),
+            rows=None if len(rows) == len(watches) else rows,
+            one_token=one_token,
         ),
         rows=rows,
         watches=chosen,
         slots_R=np.array([watch.slot for watch in chosen], dtype=np.int64),
-        base_RM=np.stack([watch.watched_M & roster.on_generated_M for watch in chosen]),
+        base_RM=base_RM,
+        everyone=bool(base_RM.all()),
     )
 
 

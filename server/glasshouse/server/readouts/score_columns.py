@@ -6,7 +6,9 @@ Legend: B rows of a pass, T columns of it, M scored columns, W the width of a ho
    one dictionary one encode; a probe of another shape is a group of its own.
 2. At the last of its hook points in a pass a group scores every cell of the rows it is asked for, on the device, after
    the edits there.
-3. After the pass all scores go to the host together, (rows, T, M) float64.
+3. A decoding step has few rows, and many small products cost more than a large one: there all affine probes of all
+   hook points wait for the end of the pass and are scored in one.
+4. After the pass all scores go to the host together, (rows, T, M) float64.
 
 A probe that pools over positions (mean, max) needs to know which positions count, and what came before: its activations
 are kept to the end of the pass and pooled row by row.
@@ -14,8 +16,9 @@ are kept to the end of the pass and pooled row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -90,8 +93,15 @@ class ScoreColumns:
                     banks.setdefault(source.probe.facts.hook_points, []).append((index, source))
                 case ProbeColumnSource():
                     self._add((index,), source.points, _lone(source))
+        joint: dict[int, ProbeColumnSource] = {}
+        joined: set[int] = set()
         for probes in banks.values():
-            self._add(tuple(index for index, _ in probes), probes[0][1].points, _bank([p for _, p in probes]))
+            members = [probe for _, probe in probes]
+            if all(ProbeBank.of([member.probe]).folded[0] for member in members):
+                joint.update(probes)
+                joined.add(len(self._groups))
+            self._add(tuple(index for index, _ in probes), probes[0][1].points, _bank(members))
+        self.joint = _Joint.of(dict(sorted(joint.items())))
         for features in encodes.values():
             first = features[0][1]
             ids = torch.tensor([source.feature for _, source in features])
@@ -99,12 +109,56 @@ class ScoreColumns:
         self.points: tuple[str, ...] = tuple(
             dict.fromkeys(point.name for source in sources for point in source.points)
         )
-        self.at: dict[str, tuple[_Group, ...]] = {
-            name: tuple(group for group in self._groups if name in group.names) for name in self.points
-        }
+        self.at = self._by_point(range(len(self._groups)))
+        # What is left to a decoding step's hook points beside the joint product.
+        self.at_step = self._by_point([index for index in range(len(self._groups)) if index not in joined])
+
+    def _by_point(self, groups: Iterable[int]) -> dict[str, tuple[_Group, ...]]:
+        chosen = [self._groups[index] for index in groups]
+        return {name: tuple(group for group in chosen if name in group.names) for name in self.points}
 
     def _add(self, columns: tuple[int, ...], points: Sequence[HookPoint], score: Scorer) -> None:
         self._groups.append(_Group(names=tuple(point.name for point in points), columns=columns, score=score))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Joint:
+    """Columns whose score is sigma of an affine map, as one product: x is the activations at `points` side by side, (N, sum
+    of widths); a column's weights are zero where it does not read.
+    """
+
+    points: tuple[str, ...]
+    columns: tuple[int, ...]
+    weights: Tensor
+    biases: Tensor
+
+    @classmethod
+    def of(cls, sources: Mapping[int, ProbeColumnSource]) -> _Joint | None:
+        """Of columns by index; None of none."""
+        if not sources:
+            return None
+        widths = {point.name: point.width for source in sources.values() for point in source.points}
+        starts = dict(zip(widths, accumulate(widths.values(), initial=0), strict=False))
+        columns, biases = [], []
+        for source in sources.values():
+            part = ProbeBank.of([source.probe])
+            column = part.weights.new_zeros(sum(widths.values()))
+            read = torch.split(part.weights[:, source.column], list(source.probe.facts.widths))
+            for point, weights in zip(source.points, read, strict=True):
+                column[starts[point.name] : starts[point.name] + point.width] = weights
+            columns.append(column)
+            biases.append(part.biases[source.column])
+        return cls(
+            points=tuple(widths),
+            columns=tuple(sources),
+            weights=torch.stack(columns, dim=1),
+            biases=torch.stack(biases),
+        )
+
+    def score(self, parts: Sequence[Tensor]) -> Tensor:
+        """Scores (N, columns) of activations (N, W) at each of `points`."""
+        x = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        return torch.sigmoid(torch.addmm(self.biases, x.to(self.weights.dtype), self.weights))
 
 
 def _bank(sources: Sequence[ProbeColumnSource]) -> Scorer:
@@ -150,11 +204,12 @@ def _encode(dictionary: Dictionary, ids: Tensor) -> Scorer:
 
 @dataclass(eq=False, kw_only=True)
 class ScorePass:
-    """The scores of one pass. `rows`: the rows of the batch that are scored, None for all."""
+    """The scores of one pass. `rows`: the rows of the batch that are scored, None for all. `one_token`: of decoding."""
 
     columns: ScoreColumns
     n_rows: int
     rows: Sequence[int] | None = None
+    one_token: bool = False
     _index: Tensor | None = None
     _width: int = 0
     _parts: dict[str, Tensor] = field(default_factory=dict)
@@ -165,16 +220,19 @@ class ScorePass:
         self._parts.clear()
         self._scores.clear()
 
-    def at(self, name: str, tensor_BTW: Tensor) -> None:
-        """Reads the live activation at a hook point, after its edits."""
+    def at(self, name: str, tensor_BTW: Tensor, *, may_change: bool) -> None:
+        """Reads the live activation at a hook point, after its edits. `may_change`: something later in the pass may write
+        the same memory.
+        """
         if self.rows is not None:
             if self._index is None:
                 self._index = torch.tensor(self.rows, device=tensor_BTW.device)
-            tensor_BTW = tensor_BTW[self._index]
+            tensor_BTW, may_change = tensor_BTW[self._index], False
+        columns = self.columns
         self._width = tensor_BTW.shape[1]
-        x_NW = tensor_BTW.reshape(-1, tensor_BTW.shape[-1])
-        kept = False
-        for group in self.columns.at[name]:
+        x_NW = tensor_BTW[:, 0] if self.one_token else tensor_BTW.reshape(-1, tensor_BTW.shape[-1])
+        kept = bool(columns.pooled)
+        for group in (columns.at_step if self.one_token else columns.at)[name]:
             if len(group.names) == 1:
                 self._scores.append((group.columns, group.score((x_NW,))))
                 continue
@@ -182,22 +240,27 @@ class ScorePass:
             if all(other == name or other in self._parts for other in group.names):
                 parts = [x_NW if other == name else self._parts[other] for other in group.names]
                 self._scores.append((group.columns, group.score(parts)))
-        if kept or self.columns.pooled:
-            # Edits further down may write the same memory.
-            self._parts[name] = x_NW.clone()
+        if kept or (self.one_token and columns.joint is not None):
+            self._parts[name] = x_NW.clone() if may_change else x_NW
 
     def scores(self) -> Floats:
         """(rows, T, M); NaN in the columns of probes that pool."""
-        if len(self._scores) == 1 and len(self._scores[0][0]) == self.columns.n_columns:
-            columns, found = self._scores[0]
-            host: Floats = found.double().cpu().numpy().reshape(self.n_rows, self._width, -1)
-            return host if columns == tuple(range(len(columns))) else host[:, :, np.argsort(columns)]
+        joint = self.columns.joint
+        if self.one_token and joint is not None:
+            found = joint.score([self._parts[name] for name in joint.points])
+            if len(joint.columns) == self.columns.n_columns:
+                return self._host(found)
+            self._scores.append((joint.columns, found))
         whole = np.full((self.n_rows, self._width, self.columns.n_columns), np.nan)
         if self._scores:
             joined = torch.cat([found.float() for _, found in self._scores], dim=1)
             where = [column for columns, _ in self._scores for column in columns]
-            whole[:, :, where] = joined.double().cpu().numpy().reshape(self.n_rows, self._width, -1)
+            whole[:, :, where] = self._host(joined)
         return whole
+
+    def _host(self, scores_NC: Tensor) -> Floats:
+        host: Floats = scores_NC.cpu().numpy().astype(np.float64)
+        return host.reshape(self.n_rows, self._width, -1)
 
     def pooled(self, place: int, column: int, chosen_T: Masks, pools: dict[int, RunningPool]) -> Floats:
         """The scores (n chosen,) of a pooling probe at the chosen columns of the `place`-th row, whose pools are given."""

@@ -114,7 +114,7 @@ class DecodingBatch:
             [row.edits for row in self.rows],
             [row.readouts for row in self.rows],
             n_columns=1,
-            watched=watched_pass([row.watch for row in self.rows]),
+            watched=watched_pass([row.watch for row in self.rows], one_token=True),
         )
         self._steps_left = self._planned.valid_steps
         return self._planned

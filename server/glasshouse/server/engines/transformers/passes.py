@@ -81,7 +81,7 @@ class PlannedPass:
         if site is not None:
             site.take(tensor, may_change=self._may_change)
         if self.watched is not None and point.name in self._watched_points:
-            self.watched.at(point.name, tensor)
+            self.watched.at(point.name, tensor, may_change=self._may_change)
         self._ran.add(point.name)
         return bool(actions)
 
