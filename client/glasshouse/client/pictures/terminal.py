@@ -95,7 +95,7 @@ def _heat(part: HeatMap) -> Table:
     table.add_column("", justify="right", style="dim", no_wrap=True)
     for column in part.columns:
         label = shown_token(column)
-        table.add_column(Text(label if figures else label[:3]), justify="center", no_wrap=True)
+        table.add_column(Text(f" {label} " if figures else label[:3]), justify="center", no_wrap=True)
     for name, values in zip(part.rows, np.asarray(part.values, dtype=np.float64).tolist()):
         texts = [f" {shown_cell(value, scale)} " if figures else "   " for value in values]
         cells = [Text(text, signed_tint(value, scale)) for text, value in zip(texts, values)]
