@@ -6,7 +6,7 @@ import sys
 import time
 
 from glasshouse.client import Client, GlasshouseError
-from glasshouse.tour import crowd, features, mood, page, reading, refusals, writing
+from glasshouse.tour import crowd, explaining, features, mood, page, reading, refusals, watching, writing
 from glasshouse.tour.guide import Guide, TourError
 from glasshouse.tour.screen import Screen
 from glasshouse.tour.server_process import ServerProcess, ServerProcessError
@@ -42,6 +42,11 @@ def take(screen: Screen) -> None:
             moods = features.find_mood_features(guide)
             features.show_tokens(guide, moods)
             features.steer_by_features(guide, moods)
+            probe = watching.train_probe(guide)
+            watching.watch_and_stop(guide, probe)
+            explaining.find_tokens_and_heads(guide)
+            explaining.find_circuit(guide)
+            explaining.trace_and_test(guide)
             refusals.show_a_mistake(guide)
             page.show_metrics(guide)
         screen.stage("The end")
