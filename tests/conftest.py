@@ -1,4 +1,4 @@
-"""Nothing that a test starts writes to the user's own data folder; which tests share a process."""
+"""Nothing that a test starts writes to the user's own data folder, or lets threads spin; which tests share a process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 
 VLLM_TESTS = Path(__file__).parent / "vllm"
 
+# As `glasshouse serve` does; read when NumPy loads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if "GLASSHOUSE_DATA" not in os.environ:
     os.environ["GLASSHOUSE_DATA"] = tempfile.mkdtemp(prefix="glasshouse-tests-")
     atexit.register(shutil.rmtree, os.environ["GLASSHOUSE_DATA"], ignore_errors=True)

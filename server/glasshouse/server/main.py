@@ -45,6 +45,8 @@ def main(argv: list[str], engine_factory: EngineFactory | None = None) -> int:
     # Read when torch loads. Threads that spin at each barrier take the cores that the event loop and clients on
     # this machine need, and wait for one another: where cores are shared, a step takes up to ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # NumPy's and SciPy's, which fit probes, always spin: beside a busy model training takes a hundred times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         return _run(arguments, engine_factory)
     except StartError as error:

@@ -202,10 +202,13 @@ async def test_a_monitor_from_publication_to_deletion(at: Desk) -> None:
     assert gone.code == "NOT_FOUND"
     # What it noticed stays for as long as events are kept.
     await until_stored(at, "sad", 1)
+    # Its name is free again, its version's number is not.
+    again = await at.monitors.CreateMonitor(pb.CreateMonitorRequest(monitor="sad", spec=spec()))
+    assert again.monitor.version == 2
     taken = await refusal(
         lambda: at.monitors.CreateMonitor(pb.CreateMonitorRequest(monitor="sad", spec=spec()))
     )
-    assert taken.code == "ALREADY_EXISTS" and taken.metadata["next_version"] == "2"
+    assert taken.code == "ALREADY_EXISTS" and taken.metadata["next_version"] == "3"
 
 
 async def until_stored(at: Desk, name: str, n: int) -> list[pb.MonitorEvent]:

@@ -358,7 +358,13 @@ class MonitorRoom:
                 remedy="delete one that is not needed; the operator sets monitors.max_monitors",
             )
         await self.check(model, spec)
-        return await self._publish(model, name, 1, spec, author)
+        try:
+            return await self._publish(model, name, 1, spec, author)
+        except AlreadyExists:
+            # A name whose monitor was deleted is free again; its old versions' numbers are not.
+            if await self._is_published(Reference(kind=Kind.MONITOR, model=model, name=name)):
+                raise
+        return await self._publish(model, name, None, spec, author)
 
     async def update(self, model: str, reference: Reference, spec: MonitorSpec, author: str) -> Monitor:
         """Publishes `spec` as the version after the one that `reference` names, and puts it into force.
@@ -387,7 +393,9 @@ class MonitorRoom:
             spec.check()
         return await self._publish(model, reference.name, record.version + 1, spec, author)
 
-    async def _publish(self, model: str, name: str, version: int, spec: MonitorSpec, author: str) -> Monitor:
+    async def _publish(
+        self, model: str, name: str, version: int | None, spec: MonitorSpec, author: str
+    ) -> Monitor:
         draft = storage.draft(
             await self._pinned(model, spec),
             model=model,
@@ -397,14 +405,6 @@ class MonitorRoom:
             is_built_in=self._library.is_built_in,
         )
         record = await asyncio.to_thread(self._registry.publish, draft)
-        if record.deleted is not None:
-            raise AlreadyExists(
-                f"{record.reference} was published and deleted",
-                reason=reasons.NAME_TAKEN,
-                field="monitor",
-                value=name,
-                remedy="choose another name",
-            )
         await self.refresh()
         monitor = self._monitors[model].get(name)
         if monitor is None:
@@ -444,6 +444,13 @@ class MonitorRoom:
             return self._read(self._registry.get(reference))
 
         return await asyncio.to_thread(read)
+
+    async def _is_published(self, reference: Reference) -> bool:
+        try:
+            await self.published(reference)
+        except NotFound:
+            return False
+        return True
 
     # -- requests ------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def draft(
     *,
     model: str,
     name: str,
-    version: int,
+    version: int | None,
     author: str,
     is_built_in: Callable[[Reference], bool] = lambda reference: False,
 ) -> Draft:
