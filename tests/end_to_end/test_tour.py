@@ -26,6 +26,6 @@ def test_the_tour() -> None:
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
     stages = STAGE.findall(done.stdout)
-    assert len(stages) == 13
+    assert len(stages) == 17
     shown = README.read_text(encoding="utf-8")
     assert STAGE.findall(shown.partition("```text\n")[2].partition("```")[0]) == stages

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from rich.padding import Padding
 from rich.text import Text
 
 from glasshouse import fable
@@ -19,6 +20,7 @@ from glasshouse.client import Dictionary, positions, set_feature
 from glasshouse.tour.guide import Guide, expect
 from glasshouse.tour.mood import coloured, count, endings_under, stories, tail
 from glasshouse.tour.mood_words import mood_of
+from glasshouse.tour.screen import INDENT
 
 STRENGTH = 2.5
 OFTEN = 0.5
@@ -113,10 +115,10 @@ def show_tokens(guide: Guide, moods: MoodFeatures) -> None:
     encoded = moods.dictionary.encode(STORY, features=[f.index for f in moods.found])
     values = encoded.dense(moods.dictionary.info.d_sae)
     for feature in moods.found:
-        line = Text(f"   {feature.mood}:  ")
+        line = Text(f"{feature.mood}:  ")
         for token, value in zip(encoded.tokens[1:], values[1:, feature.index], strict=True):
             line.append(token, style=_tint(feature, float(value)))
-        screen.put(line)
+        screen.put(Padding(line, (0, INDENT)))
         strongest = np.argsort(-values[1:, feature.index])[:3] + 1
         screen.note(
             "strongest on "
