@@ -17,7 +17,7 @@ Shapes: T positions, D d_model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -80,8 +80,9 @@ def intervene(
         steps = edits.setdefault(name, [])
         if layer in held:
             steps.append(_holding(local, inputs, layer))
-    for setting in settings:
-        for layer, step in _set(local, setting, inputs, setting.layer in held).items():
+    for read in sorted({setting.layer for setting in settings}):
+        some = [setting for setting in settings if setting.layer == read]
+        for layer, step in _set(local, some, inputs, read in held).items():
             edits[transcoders.written[layer]].append(step)
     run = local.model.forward(local.tokens, edits=edits, freeze=_freeze(local, mode))
     found = {name: x[0] for name, x in inputs.items()}
@@ -115,42 +116,53 @@ def _holding(local: LocalModel, inputs: dict[str, Tensor], layer: int) -> Edit:
 
 
 def _set(
-    local: LocalModel, setting: FeatureSetting, inputs: dict[str, Tensor], held: bool
+    local: LocalModel, settings: Sequence[FeatureSetting], inputs: dict[str, Tensor], held: bool
 ) -> dict[int, Edit]:
-    """Layer written -> the edit that adds the feature's change there."""
-    feature = _feature(local, setting)
-    read = local.transcoders.reads[setting.layer]
-    dictionary = int(feature.dictionaries[0])
+    """Layer written -> the edit that adds there what features of one layer change by."""
+    features = _features(local, settings)
+    read, dictionary = local.transcoders.reads[settings[0].layer], int(features.dictionaries[0])
+    known: list[Tensor] = []
 
-    def delta() -> float:
-        seen = local.inputs if held else {**local.inputs, **inputs}
-        fired = local.transcoders.encode(seen)[dictionary]
-        ids, values = fired.row(setting.position % local.tokens.shape[1])
-        now = values[ids == int(feature.ids[0])]
-        return setting.value - (float(now[0]) if now.numel() else 0.0)
+    def change() -> Tensor:
+        """(n,), once: what is read does not move any more when the first of them writes."""
+        if not known:
+            seen = local.inputs if held else {**local.inputs, **inputs}
+            distinct, which = features.ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            now = local.transcoders.values_of(dictionary, distinct, seen)
+            known.append(features.values - now[features.positions, which])
+        return known[0]
 
-    def adding(row: Tensor) -> Edit:
+    def adding(places: Tensor, rows: Tensor) -> Edit:
         def edit(live: Tensor) -> None:
             assert read in inputs, "a transcoder reads before it writes"
-            live[:, setting.position] += delta() * row
+            added = change()[places, None] * rows
+            live.index_add_(1, features.positions[places], added.expand(live.shape[0], -1, -1))
 
         return edit
 
-    return {layer: adding(rows[0]) for layer, (_, rows) in local.transcoders.decoder_rows(feature).items()}
+    return {
+        layer: adding(places, rows)
+        for layer, (places, rows) in local.transcoders.decoder_rows(features).items()
+    }
 
 
-def _feature(local: LocalModel, setting: FeatureSetting) -> ActiveFeatures:
-    """The setting's feature as one entry, whether it fires on the prompt or not."""
-    transcoders = local.transcoders
-    where = transcoders.find(setting.layer, setting.index)
-    if where is None or not -local.tokens.shape[1] <= setting.position < local.tokens.shape[1]:
-        raise InvalidArgument(
-            f"There is no feature {setting.index} of layer {setting.layer} at position {setting.position}.",
-            reason=reasons.FEATURE_OUT_OF_RANGE if where is None else reasons.POSITION_UNREACHABLE,
-            field="settings",
-            value=(setting.layer, setting.index, setting.position),
-            remedy="Use a layer with a transcoder, one of its features and a position of the prompt.",
-        )
-    return transcoders.named(
-        setting.layer, torch.tensor([setting.index]), position=setting.position % local.tokens.shape[1]
+def _features(local: LocalModel, settings: Sequence[FeatureSetting]) -> ActiveFeatures:
+    """The settings' features of one layer, whether they fire on the prompt or not; `values` are those to be set."""
+    transcoders, n_positions = local.transcoders, local.tokens.shape[1]
+    for setting in settings:
+        where = transcoders.find(setting.layer, setting.index)
+        if where is None or not -n_positions <= setting.position < n_positions:
+            raise InvalidArgument(
+                f"There is no feature {setting.index} of layer {setting.layer} at position {setting.position}.",
+                reason=reasons.FEATURE_OUT_OF_RANGE if where is None else reasons.POSITION_UNREACHABLE,
+                field="settings",
+                value=(setting.layer, setting.index, setting.position),
+                remedy="Use a layer with a transcoder, one of its features and a position of the prompt.",
+            )
+    found = transcoders.named(settings[0].layer, torch.tensor([setting.index for setting in settings]))
+    device = found.ids.device
+    return replace(
+        found,
+        positions=torch.tensor([setting.position % n_positions for setting in settings], device=device),
+        values=torch.tensor([setting.value for setting in settings], device=device),
     )

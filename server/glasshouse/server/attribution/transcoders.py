@@ -101,6 +101,10 @@ class Transcoders:
             dictionary.encode(self._inputs(d, readings)) for d, dictionary in enumerate(self.dictionaries)
         ]
 
+    def values_of(self, d: int, ids: Tensor, readings: Mapping[str, Tensor]) -> Tensor:
+        """(T, len(ids)): activations of some of a dictionary's features, by flat id."""
+        return self.dictionaries[d].encode_features(self._inputs(d, readings), ids)
+
     def active(self, fired: Sequence[SparseFeatures], *, skip_first: bool) -> ActiveFeatures:
         """What fired, in order; `skip_first` leaves position 0 out."""
         columns: list[list[Tensor]] = []
