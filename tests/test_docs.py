@@ -11,7 +11,13 @@ import pytest
 from glasshouse.tour.server_process import ServerProcess
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "client/attribution.md", "server/README.md", "server/dictionaries.md")
+PAGES = (
+    "README.md",
+    "client/attribution.md",
+    "server/README.md",
+    "server/dictionaries.md",
+    "server/directions.md",
+)
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 

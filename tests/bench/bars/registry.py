@@ -9,6 +9,7 @@ from ..workbench import Workbench
 from . import (
     attribution,
     attribution_latency,
+    concepts,
     concurrency,
     dictionaries,
     exactness,
@@ -33,6 +34,7 @@ BARS: Mapping[str, Bar] = {
     "transport": transport.run,
     "extraction": extraction.run,
     "features": features.run,
+    "concepts": concepts.run,
     "probes": probes.run,
     "dictionaries": dictionaries.run,
     "attribution": attribution.run,
