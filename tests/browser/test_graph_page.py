@@ -239,6 +239,19 @@ def test_it_works_at_two_thousand_nodes(open_page: OpenPage) -> None:
     assert 0 < counts(page)[0] < 2_000
 
 
+def test_a_page_that_leaves_edges_out_prunes_nearly_as_the_server_does(
+    traced: Traced, whole: dict[str, Any], open_page: OpenPage
+) -> None:
+    page = open_page(graph_page(whole, max_edges=len(whole["links"]) // 5))
+    for node_threshold, edge_threshold in ((0.8, 0.98), (0.6, 0.9), (0.9, 0.95)):
+        slide(page, "node", node_threshold)
+        slide(page, "edge", edge_threshold)
+        n_nodes, n_edges = counts(page)
+        server = traced.json(node_threshold, edge_threshold)
+        assert n_nodes == pytest.approx(len(server["nodes"]), rel=0.02)
+        assert n_edges == pytest.approx(len(server["links"]), rel=0.05)
+
+
 def test_a_page_holds_no_more_than_it_may(whole: dict[str, Any], open_page: OpenPage) -> None:
     page = open_page(graph_page(whole, max_nodes=300, max_edges=5_000))
     slide(page, "node", 1.0)

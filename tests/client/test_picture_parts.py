@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from glasshouse.client import pictures
 from glasshouse.client.pictures import (
     Bars,
     CircuitDiagram,
@@ -43,6 +44,14 @@ def held(html: str) -> dict[str, Any]:
     found = re.search(r'id="data">(.*?)</script>', html, re.S)
     assert found is not None
     return dict(json.loads(found[1]))
+
+
+def test_what_there_is() -> None:
+    assert set(pictures.__all__) == {
+        "Bars", "CircuitDiagram", "FeatureNote", "HeatMap", "Part", "TokenText", "circuit_diagram", "draw",
+        "feature_notes", "graph_page", "picture", "render", "report_page", "save_figure",
+    }  # fmt: skip
+    assert all(hasattr(pictures, name) for name in pictures.__all__)
 
 
 def test_values_and_labels_must_agree() -> None:

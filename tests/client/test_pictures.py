@@ -83,9 +83,12 @@ def test_a_large_graph_keeps_its_strongest() -> None:
     scores = {"logit": 4 / 9, "other": 0.5 / 9, "error": 4 / 9 * 0.6, "feature": 4 / 9 * 0.4}
     token = scores["feature"] + scores["other"]
     assert {(s, t) for s, t, _ in edges(data)} == {(2, 1), (1, 4)} and token < scores["error"]
-    assert data["limits"]["edge"] == pytest.approx(
-        (scores["logit"] + scores["error"]) / (sum(scores.values()) + token)
-    )
+    assert data["limits"] == {"node": 1.0, "edge": 1.0}
+    # With the nodes up to 0.9 but not the error at 0.95, of three edges the logit's strongest is held.
+    all_scores = sum(scores.values()) + token
+    held = {round(threshold, 2): share for threshold, share in data["held"]}
+    assert held[1.0] == pytest.approx((scores["logit"] + scores["error"]) / all_scores)
+    assert held[0.9] == pytest.approx(scores["logit"] / (all_scores - scores["error"]))
 
 
 def test_the_page_is_whole_and_reaches_for_nothing() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
@@ -51,7 +51,9 @@ class _Edges:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _View:
-    """A graph as the page draws it. `reach`: the thresholds it was pruned at. scores: of the whole graph, if known."""
+    """A graph as the page draws it. `reach`: the thresholds it was pruned at. scores: of the whole graph, if known.
+    `held`: at node thresholds, ascending, the share of the edges' scores among those nodes that the page holds.
+    """
 
     nodes: list[Mapping[str, Any]]
     edges: _Edges
@@ -59,6 +61,7 @@ class _View:
     marks: dict[str, Any]
     reach: dict[str, float]
     scores: dict[str, float] | None
+    held: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def ranks(self) -> Array:
@@ -123,6 +126,7 @@ def page_data(
         "nodes": view.nodes,
         "features": {f"{layer}/{index}": _told(note) for (layer, index), note in (notes or {}).items()},
         "limits": view.reach,
+        "held": view.held,
         "thresholds": {
             "node": min(node_threshold, view.reach["node"]),
             "edge": min(edge_threshold, view.reach["edge"]),
@@ -258,5 +262,12 @@ def _strongest_edges(view: _View, most: int) -> _View:
     scores = shares * flow[edges.targets]
     keep = np.zeros(len(scores), dtype=bool)
     keep[np.argpartition(-scores, most)[:most]] = True
-    share = float(scores[keep].sum() / max(scores.sum(), _LEAST))
-    return replace(view, edges=edges.select(keep), reach={**view.reach, "edge": view.reach["edge"] * share})
+    # A node comes in at its cumulative influence, an edge with the later of its ends.
+    comes = np.array([0.0 if node["influence"] is None else node["influence"] for node in nodes])
+    comes = np.maximum(comes[edges.sources], comes[edges.targets])
+    held = []
+    for threshold in np.linspace(0.05, 1.0, 20) * view.reach["node"]:
+        there = comes <= threshold
+        share = float(scores[keep & there].sum() / max(scores[there].sum(), _LEAST))
+        held.append((float(threshold), share))
+    return replace(view, edges=edges.select(keep), held=held)

@@ -267,7 +267,8 @@ function chooseTheme(theme) { themeChosen = true; setTheme(theme); }
   byId("prompt").title = metadata.prompt;
   const sets = metadata.transcoder_list || [];
   byId("about").title = sets.join(", ");
-  byId("about").textContent = [metadata.scan, count(graph.tokens.length, "token"), sets.length > 2 ? count(sets.length, "transcoder") : sets.join(", ")].filter(Boolean).join("  \u00b7  ");
+  byId("about").textContent = [metadata.scan, count(graph.tokens.length, "token"), sets.length > 2 ? count(sets.length, "transcoder") : sets.join(", "),
+    packed.limits.node < 1 && "to " + percent(packed.limits.node) + " of influence"].filter(Boolean).join("  \u00b7  ");
   state.nodeThreshold = packed.thresholds.node;
   state.edgeThreshold = packed.thresholds.edge;
   slider("node-threshold", "node-value", "nodeThreshold", packed.limits.node);

@@ -17,6 +17,8 @@ function showNode() {
   else if (typeof key === "string") card.replaceChildren(...groupCard(key));
   else card.replaceChildren(...nodeCard(key));
   card.scrollTop = scroll;
+  const text = card.querySelector(".text"), here = text && text.querySelector(".here");
+  if (here) text.scrollTop = here.offsetTop - text.offsetTop - text.clientHeight / 2;
 }
 function introduction() {
   const top = make("h2", "", "What made it say that?");

@@ -50,6 +50,12 @@ function strongNodes(threshold) {
   return keep;
 }
 
+/** The share of the scores among the nodes of a threshold that is in the page: 1 unless edges had to be left out. */
+function heldAt(nodeThreshold) {
+  const found = packed.held.find(([threshold]) => threshold >= nodeThreshold - 1e-9) || packed.held.at(-1);
+  return found ? found[1] : 1;
+}
+
 /** { nodes, edges: masks; scores: of each edge kept; influence; nNodes, nEdges }. */
 function prune(nodeThreshold, edgeThreshold) {
   const { n, m, sources, targets, kind, start } = graph, nodes = strongNodes(nodeThreshold), edges = new Uint8Array(m);
@@ -57,7 +63,7 @@ function prune(nodeThreshold, edgeThreshold) {
   const left = influences(edges), scores = new Float64Array(m);
   for (let e = 0; e < m; e++) if (edges[e]) scores[e] = left.shares[e] * (left.influence[targets[e]] + start[targets[e]]);
   if (edgeThreshold < packed.limits.edge) {
-    const cut = cutAt(scores.filter((_, e) => edges[e]), edgeThreshold / packed.limits.edge);
+    const cut = cutAt(scores.filter((_, e) => edges[e]), edgeThreshold / packed.limits.edge / heldAt(nodeThreshold));
     for (let e = 0; e < m; e++) if (scores[e] < cut) edges[e] = 0;
   }
   // Until nothing changes: features and errors without an outgoing edge go, and features without an incoming one.
