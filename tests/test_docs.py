@@ -17,6 +17,7 @@ PAGES = (
     "server/README.md",
     "server/dictionaries.md",
     "server/directions.md",
+    "server/attribution.md",
 )
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
