@@ -182,6 +182,7 @@ class Schedule:
             steps += 1
             assert steps < 5000
             self.step()
+        self.hooks.drain()
 
     def step(self) -> None:
         rng, batch = self.rng, []
@@ -507,6 +508,7 @@ def test_random_requests_under_a_random_schedule(seed: int, made: Any) -> None:
     Schedule(toy, hooks, requests, rng).run()
     check(toy, collector, requests)
     hooks.update((), [name(request) for request in requests])
+    hooks.drain()
     found = hooks.statistics()
     assert found["edit_slots_used"] == found["vector_rows_used"] == found["requests_running"] == 0
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from glasshouse.server.dictionaries.dictionary import stacked
 from glasshouse.server.engines.vllm.contract.messages import RowBlock
 
-from .actions import Capture
 from .planning import Answer
 from .requests import Question
 
@@ -36,13 +35,12 @@ class AnsweringContext:
 
 
 def answer_rows(
-    answer: Answer, question: Question, captures: Mapping[int, Capture], age: int, context: AnsweringContext
+    answer: Answer, question: Question, captured: Mapping[int, Tensor], age: int, context: AnsweringContext
 ) -> RowBlock:
     """The rows of one question. `age`: steps since the answer was planned."""
     inputs = []
     for site, place in zip(question.sites, answer.places, strict=True):
-        taken = captures[site].taken_NW
-        assert taken is not None, "a capture that fired has taken its rows"
+        taken = captured[site]
         inputs.append(taken if place is None else taken.index_select(0, place))
     return RowBlock(
         kind=question.kind,

@@ -13,7 +13,7 @@ concerns, by tag, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,6 @@ from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.engines.vllm.contract.messages import (
     NOT_APPLIED,
     PLAN_REFUSED,
-    READOUT_FAILED,
     Ran,
     RowBlock,
     StepError,
@@ -35,11 +34,12 @@ from glasshouse.server.probes.served import ServedProbe
 
 from . import junctions
 from .actions import Action
-from .answering import AnsweringContext, answer_rows
+from .answering import AnsweringContext
+from .delivery import Delivery, Step, said
 from .junctions import Junction
-from .planning import HookedBatch, Sites, StepPlan, plan_step
+from .planning import Answer, HookedBatch, Sites, StepPlan, plan_step
 from .reporter import Reporter
-from .requests import InstalledRequest, Questions, install, uninstall
+from .requests import InstalledRequest, Question, Questions, install, uninstall
 from .tables import EditTable, VectorTable
 
 Array = np.ndarray
@@ -81,7 +81,7 @@ class Hooks:
         self._requests: dict[str, InstalledRequest] = {}
         self._reporter = reporter
         self._reports_rows = reports_rows
-        self._context = context
+        self._delivery = Delivery(reporter, context, device)
         self._fired = bytearray(len(found))
         self._failures: list[tuple[Action, Exception]] = []
         self._armed: list[int] = []
@@ -94,7 +94,7 @@ class Hooks:
         self._last_starts: Array = np.empty(0, dtype=np.int64)
         self._step = 0
         self.counters = dict.fromkeys(
-            ("steps_hooked", "steps_planned", "requests_installed", "requests_failed", "readouts_failed"), 0
+            ("steps_hooked", "steps_planned", "requests_installed", "requests_failed"), 0
         )
 
     # -- what requests may use -----------------------------------------------------------------------------------
@@ -128,6 +128,7 @@ class Hooks:
             "messages_sent": self._reporter.n_messages,
             "bytes_sent": self._reporter.n_bytes,
             "overflows": self._reporter.n_overflows,
+            "readouts_failed": self._delivery.n_failed,
         }
 
     # -- a step --------------------------------------------------------------------------------------------------
@@ -139,6 +140,8 @@ class Hooks:
                 if req_id in self._requests:
                     self._closed.append(self._requests[req_id].tag)
                 self._drop(req_id)
+            if self._delivery.failed:
+                self._give_up()
         for req_id, packed in new:
             if packed is not None:
                 self._add(req_id, packed)
@@ -157,7 +160,7 @@ class Hooks:
         try:
             self._prepare(batch)
         except Exception as error:  # see the module's docstring
-            self._fail_all(self._hooked(batch.req_ids), NOT_APPLIED, f"planning failed: {_said(error)}")
+            self._fail_all(self._hooked(batch.req_ids), NOT_APPLIED, f"planning failed: {said(error)}")
             self._plan = None
         plan = self._plan
         self._active = plan is not None
@@ -170,26 +173,35 @@ class Hooks:
         """Answers readouts and reports, after the forward pass."""
         if not self._active:
             if self._armed or self._closed or self._errors or self._reporter.has_pending:
-                self._report(None, ())
+                self._deliver()
             return
         plan = self._plan
         assert plan is not None
         self._active = False
         self.counters["steps_hooked"] += 1
-        blocks: list[RowBlock] = []
         try:
             failed = self._failed_members(plan)
             ran = self._ran(plan)
-            if self._reports_rows or any(self._questions[a.question].kind == "lens" for a in plan.answers):
-                blocks = self._answer(plan, failed)
+            answers = self._answers(plan, failed)
+            captured = {
+                site: capture.taken_NW
+                for site, capture in plan.captures.items()
+                if capture.taken_NW is not None
+            }
+            blocks: list[RowBlock] = []
             if plan.conditional is not None and (steered := plan.conditional.steered(plan.age)) is not None:
                 blocks.append(steered)
         except Exception as error:
-            self._fail_all(plan.members, NOT_APPLIED, f"the step could not be completed: {_said(error)}")
-            ran = None
+            self._fail_all(plan.members, NOT_APPLIED, f"the step could not be completed: {said(error)}")
+            self._deliver()
+        else:
+            self._deliver(ran, blocks, answers, captured, plan.age)
         for capture in plan.captures.values():
             capture.taken_NW = None
-        self._report(ran, blocks if self._reports_rows else ())
+
+    def drain(self) -> None:
+        """Waits until every step's report has left."""
+        self._delivery.drain()
 
     def forget_step(self) -> None:
         """Makes every junction idle: a pass that serves no request comes (warm-up, a dummy batch)."""
@@ -220,7 +232,7 @@ class Hooks:
             self.counters["requests_installed"] += 1
         except Exception as error:
             self.counters["requests_failed"] += 1
-            self._errors.append(StepError(tag=tag, reason=PLAN_REFUSED, message=_said(error)))
+            self._errors.append(StepError(tag=tag, reason=PLAN_REFUSED, message=said(error)))
         self._last_ids = []
 
     def _drop(self, req_id: str) -> None:
@@ -228,6 +240,17 @@ class Hooks:
         if request is not None:
             uninstall(request, edits=self._edits, vectors=self._vectors, questions=self._questions)
             self._last_ids = []
+
+    def _give_up(self) -> None:
+        """Stops working for requests whose readouts failed: the gateway has been told."""
+        tags = set()
+        while self._delivery.failed:
+            tags.add(self._delivery.failed.popleft())
+        for request in self._requests.values():
+            if request.tag in tags and not request.failed:
+                request.failed = True
+                self.counters["requests_failed"] += 1
+                self._last_ids = []
 
     def _hooked(self, req_ids: Iterable[str]) -> list[InstalledRequest]:
         return [request for req_id in req_ids if (request := self._requests.get(req_id)) is not None]
@@ -277,7 +300,7 @@ class Hooks:
                     plan_step(one, sites=self.sites, edits=self._edits, vectors_VW=table)
                     good.append(place)
                 except Exception as error:
-                    self._fail(member, NOT_APPLIED, f"planning failed: {_said(error)}")
+                    self._fail(member, NOT_APPLIED, f"planning failed: {said(error)}")
             if not good:
                 return None
             return plan_step(_part(batch, good), sites=self.sites, edits=self._edits, vectors_VW=table)
@@ -318,9 +341,7 @@ class Hooks:
         for action, error in self._failures:
             for place in action.members:
                 failed.add(place)
-                self._fail(
-                    plan.members[place], NOT_APPLIED, f"{type(action).__name__} failed: {_said(error)}"
-                )
+                self._fail(plan.members[place], NOT_APPLIED, f"{type(action).__name__} failed: {said(error)}")
         self._failures.clear()
         return failed
 
@@ -332,37 +353,45 @@ class Hooks:
             applied=plan.applied,
         )
 
-    def _answer(self, plan: StepPlan, failed: set[int]) -> list[RowBlock]:
-        blocks = []
+    def _answers(self, plan: StepPlan, failed: set[int]) -> list[tuple[Answer, Question]]:
+        """What is still to be answered, by a rank that reports; by every rank where answering runs collectives."""
+        answers = []
         for answer in plan.answers:
             if failed and failed.issuperset(answer.members.tolist()):
                 continue
             question = self._questions[answer.question]
-            try:
-                blocks.append(answer_rows(answer, question, plan.captures, plan.age, self._context))
-            except Exception as error:
-                self.counters["readouts_failed"] += 1
-                for place in answer.members.tolist():
-                    self._fail(
-                        plan.members[place], READOUT_FAILED, f"reading {question.kind} failed: {_said(error)}"
-                    )
-        return blocks
+            if self._reports_rows or question.kind == "lens":
+                answers.append((answer, question))
+        return answers
 
-    def _report(self, ran: Ran | None, blocks: Sequence[RowBlock]) -> None:
+    def _deliver(
+        self,
+        ran: Ran | None = None,
+        blocks: Sequence[RowBlock] = (),
+        answers: Sequence[tuple[Answer, Question]] = (),
+        captured: Mapping[int, Tensor] | None = None,
+        age: int = 0,
+    ) -> None:
         self._step += 1
         armed, closed, errors = self._armed, self._closed, self._errors
         self._armed, self._closed, self._errors = [], [], []
-        try:
-            if self._reports_rows:
-                self._reporter.report(
-                    self._step, armed=armed, closed=closed, errors=errors, ran=ran, blocks=blocks
-                )
-            elif errors:
-                self._reporter.report(self._step, errors=errors)
-        except Exception as error:
-            # The socket itself: nothing can be said over it. The gateway's join times out and names the request.
-            self.counters["readouts_failed"] += 1
-            print(f"glasshouse: a report could not be sent: {_said(error)}", flush=True)  # noqa: T201
+        if not self._reports_rows and not errors and not answers:
+            return
+        reports = self._reports_rows
+        self._delivery.deliver(
+            Step(
+                number=self._step,
+                armed=armed if reports else (),
+                closed=closed if reports else (),
+                errors=errors,
+                ran=ran if reports else None,
+                blocks=blocks if reports else (),
+                answers=answers,
+                captured=captured or {},
+                age=age,
+                rows=reports,
+            )
+        )
 
     def _fail(self, request: InstalledRequest, reason: str, message: str) -> None:
         if request.failed:
@@ -407,7 +436,3 @@ def _part(batch: HookedBatch, places: list[int]) -> HookedBatch:
         n_tokens=batch.n_tokens,
         token_ids=batch.token_ids,
     )
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
