@@ -131,7 +131,14 @@ class Collector:
         self.errors: dict[int, str] = {}
 
     def report(
-        self, step: int, *, armed: Any = (), errors: Any = (), ran: Any = None, blocks: Any = ()
+        self,
+        step: int,
+        *,
+        armed: Any = (),
+        closed: Any = (),
+        errors: Any = (),
+        ran: Any = None,
+        blocks: Any = (),
     ) -> None:
         self.armed += armed
         self.errors |= {error.tag: f"{error.reason}: {error.message}" for error in errors}
