@@ -27,6 +27,7 @@ from glasshouse.server.types.conditions import (
     ProbeOutput,
     PromptAggregation,
 )
+from glasshouse.server.types.generation import ExtractionRequest, ScoreRequest
 from glasshouse.server.types.interventions import (
     AblateDirection,
     AddVector,
@@ -428,3 +429,99 @@ async def test_conditions_in_one_batch(
                 assert receipt.resources or isinstance(step.condition.source, FeatureColumn)
     # The conditions are neither always nor never true.
     assert n_mixed >= 15, n_mixed
+
+
+@pytest.mark.parametrize(
+    "name", ["same point", "latched", "mean so far", "prompt's maximum", "several edits"]
+)
+async def test_forward_only_work_is_under_the_same_conditions(
+    engine: Any, oracle: Any, fable_model: Any, probes: Any, concepts: Any, name: str
+) -> None:
+    prompt = fable_model.tokenizer.encode(PROMPTS[2])
+    short = prompt[:9]
+    make = Maker(probes, oracle, prompt)
+    steps = cases(make)[name]
+    edits = tuple(step.ours() for step in steps)
+    score = await engine.score(ScoreRequest(tokens=tuple(prompt), interventions=edits))
+    request = ExtractionRequest(
+        inputs=(tuple(prompt), tuple(short)), hook_points=(post(5),), interventions=edits
+    )
+    extracted = {done.index: done async for done in engine.extract(request)}
+    for index, ids in enumerate((prompt, short)):
+        # Each input is asked by itself.
+        fresh = cases(make)[name]
+        logprobs, captures = oracle.forward(ids, oracle_hooks(fresh, len(ids)), [post(5)])
+        reference = captures[post(5)].numpy()
+        got = extracted[index]
+        assert np.abs(got.activations[0] - reference).max() <= 2e-5 * np.abs(reference).max()
+        steered = [
+            sum(
+                step.reached(p, len(ids)) and (step.asked is None or step.asked.holds(p, len(ids)))
+                for p in range(len(ids))
+            )
+            for step in fresh
+        ]
+        assert [receipt.positions_steered for receipt in got.receipt] == steered
+        if index == 0:
+            expected = logprobs[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+            np.testing.assert_allclose(score.logprobs[1:], expected, atol=2e-4)
+            assert [receipt.positions_steered for receipt in score.receipt] == steered
+
+
+async def test_logits_are_edited_under_a_condition(
+    engine: Any, answer: Any, oracle: Any, fable_model: Any, probes: Any, concepts: Any
+) -> None:
+    prompt = fable_model.tokenizer.encode(PROMPTS[0])
+    condition, asked = Maker(probes, oracle, prompt).on("platt")
+    v = np.random.default_rng(4).standard_normal(fable_model.vocab_size).astype(np.float32) * 4
+    edit = Intervention(hook_point="unembed", edit=AddVector(vector=v), condition=condition)
+    got, neighbour = await asyncio.gather(
+        answer(engine, prompt, max_tokens=N_TOKENS, ignore_eos=True, interventions=(edit,)),
+        answer(engine, prompt, max_tokens=N_TOKENS, ignore_eos=True),
+    )
+    ids = list(prompt)
+    for _ in range(N_TOKENS):
+        logprobs, _ = oracle.forward(ids, asked.recorders(len(prompt)))
+        last = logprobs[-1] + torch.from_numpy(v) * asked.holds(len(ids) - 1, len(prompt))
+        ids.append(int(last.argmax()))
+    assert got.ids == ids[len(prompt) :] != neighbour.ids
+    steered = sum(asked.holds(p, len(prompt)) for p in range(len(ids) - 1))
+    assert got.finished.receipt[0].positions_steered == steered
+    assert neighbour.ids == oracle.greedy(prompt, N_TOKENS)[0]
+
+
+async def test_the_hash_says_what_was_asked(
+    engine: Any, answer: Any, fable_model: Any, probes: Any, concepts: ConceptShelf
+) -> None:
+    prompt = fable_model.tokenizer.encode(PROMPTS[0])
+
+    async def hashed(condition: Condition | None) -> str:
+        edit = Intervention(
+            hook_point=post(4), edit=AddVector(vector=np.ones(D, np.float32)), condition=condition
+        )
+        got = await answer(engine, prompt, max_tokens=2, ignore_eos=True, interventions=(edit,))
+        found: str = got.finished.receipt[0].content_hash
+        return found
+
+    def on(probe: str = "plain", **rest: Any) -> Condition:
+        rest.setdefault("above", 0.5)
+        return Condition(source=ProbeColumn(probe=probe), **rest)
+
+    same = await hashed(on())
+    # A probe of the same weights by another name is the same; one of other weights is not.
+    concepts.put_probe("alias", probes["plain"].probe)
+    assert await hashed(on("alias")) == await hashed(on("plain@1")) == same
+    others = [
+        None,
+        on("platt"),
+        on(above=0.6),
+        on(above=None, below=0.5),
+        on(scope=ConditionScope.LATCHED),
+        on(positions=GENERATED),
+        Condition(source=ProbeColumn(probe="plain", output=ProbeOutput.MARGIN), above=0.5),
+        Condition(source=FeatureColumn(dictionary="jump", feature=0), above=0.5),
+    ]
+    hashes = [same, *[await hashed(other) for other in others]]
+    assert len(set(hashes)) == len(hashes)
+    concepts.put_probe("plain", probes["isotonic"].probe)
+    assert await hashed(on()) != same
