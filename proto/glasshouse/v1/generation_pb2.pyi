@@ -271,7 +271,9 @@ class PromptEvent(_message.Message):
 
     @_builtins.property
     def readouts(self) -> _containers.RepeatedCompositeFieldContainer[_readouts_pb2.PromptReadout]:
-        """Readouts over the prompt's positions, up to and including its last."""
+        """Readouts over the prompt's positions, up to and including its last; where a long prompt was aborted between its
+        pieces, over those fed.
+        """
 
     def __init__(
         self,

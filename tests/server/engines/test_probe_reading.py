@@ -188,6 +188,45 @@ async def test_a_long_prompt_in_pieces_pools_as_one(
     assert random.probe.facts.columns == ("yes",)
 
 
+async def test_a_long_prompt_ends_with_the_piece_that_passed(
+    fable_model: Any, answer: Any, oracle: Any, probes: dict[str, RandomProbe]
+) -> None:
+    from glasshouse.server.engines.transformers.engine import TransformersEngine
+    from glasshouse.server.engines.transformers.scheduler import SchedulerSettings
+    from glasshouse.server.types.limits import Limits
+
+    engine = TransformersEngine(fable_model, limits=Limits(), steps=SchedulerSettings(prefill_tokens=5))
+    shelf = ConceptShelf("fable")
+    shelf.put_probe("plain", probes["plain"].probe)
+    engine.use_concepts(shelf)
+    await engine.start()
+    prompt = fable_model.tokenizer.encode(PROMPTS[2])
+    scores = Ends(oracle, prompt, probes["plain"]).scores[: len(prompt)]
+    threshold = float((np.sort(scores[5:10])[-1] + np.sort(scores[5:10])[-2]) / 2)
+    at = 5 + int(scores[5:10].argmax())
+    on_later = Selector(span=(5, None))
+    whole = Condition(source=ProbeColumn(probe="plain"), above=0.0, scope=ConditionScope.PROMPT)
+    first = Condition(source=ProbeColumn(probe="plain"), above=threshold, positions=on_later)
+    edit = Intervention(hook_point=post(4), edit=AddVector(vector=np.zeros(D, np.float32)))
+    try:
+        got = await answer(
+            engine,
+            prompt,
+            max_tokens=5,
+            abort_when=(whole, first),
+            interventions=(edit,),
+            readouts=(ReadProbe(probe="plain"),),
+        )
+        assert (await answer(engine, prompt, max_tokens=2, ignore_eos=True)).finished.abort is None
+    finally:
+        await engine.stop()
+    assert got.ids == [] and got.finished.reason is FinishReason.ABORTED
+    assert (got.finished.abort.condition, got.finished.abort.position) == (1, at)
+    # Two pieces were fed, and no more.
+    assert got.finished.receipt[0].positions_applied == 10 < len(prompt)
+    assert got.prefilled.readouts[0].positions == tuple(range(10))
+
+
 class Ends:
     """A plain generation, with the scores that a probe gives its positions."""
 

@@ -2,8 +2,8 @@
 
 1. Each condition has a readout of its own, with a negative index, so that no caller sees it. It is read, with those of all
    requests, after the edits of the pass.
-2. It is shown what was read over the prompt, then at each further position, and ends the generation there: the token that
-   the pass at that position predicted is not emitted.
+2. It is shown what was read over the prompt (of a long one after each piece), then at each further position, and ends
+   the generation there: the token that the pass at that position predicted is not emitted.
 
 Everything happens in the step that computed the score.
 """
@@ -45,11 +45,11 @@ class AbortCondition:
         self._index, self._condition, self._aggregation = index, condition, aggregation
         self._column = column
 
-    def over_prompt(self, readout: PromptReadout) -> Abort | None:
-        """Sees the prompt's positions, once, when all of it has been fed. The first that passes counts."""
+    def over_prompt(self, readout: PromptReadout, *, complete: bool) -> Abort | None:
+        """Sees the prompt's positions, all of them or those fed until now. The first that passes counts."""
         scores = self._scores_of(readout.values)
         if self._condition.scope is ConditionScope.PROMPT:
-            return self._of_prompt(readout.positions, scores)
+            return self._of_prompt(readout.positions, scores) if complete else None
         for position, score in zip(readout.positions, scores.tolist(), strict=True):
             found = self._abort(position, score)
             if found is not None:
@@ -107,13 +107,13 @@ class AbortConditions:
         """What is to be read for them."""
         return tuple(each.readout for each in self._by_index.values())
 
-    def over_prompt(self, readouts: Sequence[PromptReadout]) -> Abort | None:
-        """Sees all that was read over the prompt."""
+    def over_prompt(self, readouts: Sequence[PromptReadout], *, complete: bool = True) -> Abort | None:
+        """Sees what was read over the prompt, all of it or the pieces fed until now."""
         found = [
             abort
             for readout in readouts
             if readout.readout in self._by_index
-            and (abort := self._by_index[readout.readout].over_prompt(readout)) is not None
+            and (abort := self._by_index[readout.readout].over_prompt(readout, complete=complete)) is not None
         ]
         return min(found, key=lambda abort: abort.position, default=None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from glasshouse.server.engines.aborting import AbortCondition, AbortConditions
 from glasshouse.server.engines.preparation import receipt
@@ -67,6 +67,16 @@ class GenerationRow:
         if self.watch is not None:
             self.watch.begin(self.request.prompt)
         self._transcript.started()
+
+    def piece_fed(self, readouts: Callable[[], tuple[PromptReadout, ...]]) -> bool:
+        """A piece of its prompt, not the last, has been fed; returns whether it goes on. `readouts`: those so far."""
+        abort = None if self.watch is None else self.watch.abort
+        if abort is None and self._abort_when.readouts:
+            abort = self._abort_when.over_prompt(readouts(), complete=False)
+        if abort is None:
+            return True
+        self._transcript.prefilled(tuple(readout for readout in readouts() if readout.readout >= 0))
+        return self._end(self._transcript.aborted(abort))
 
     def prefilled(self, readouts: tuple[PromptReadout, ...]) -> bool:
         """Its prompt has been fed; returns whether the generation goes on."""

@@ -165,7 +165,7 @@ class Scheduler:
             self._long = None
 
     def _advance(self, rows: list[GenerationRow], feed: PromptFeed) -> bool:
-        """Feeds the next pass; after the last one chooses the first tokens and lets the rows decode."""
+        """Feeds the next pass; after the last one chooses the first tokens and lets the rows decode. Whether it is over."""
         logits: list[Tensor] = []
 
         def look(fed: FedPass) -> None:
@@ -179,7 +179,8 @@ class Scheduler:
 
         feed.advance(look)
         if not feed.done:
-            return False
+            # A lone prompt in pieces: what has been seen of it may be enough to end it.
+            return not rows[0].piece_fed(feed.collectors[0].finish)
         chosen = next_tokens(rows, logits[-1])
         assert feed.cache is not None
         for index, row in enumerate(rows):
