@@ -19,13 +19,14 @@ PAGES = (
     "server/directions.md",
     "server/attribution.md",
 )
+OPTIONS = ("--listen", "127.0.0.1:0", "--registry", "memory", "--threads", "1")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)\)")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    with ServerProcess("--listen", "127.0.0.1:0", "--registry", "memory", "--threads", "1") as process:
+    with ServerProcess(*OPTIONS) as process:
         yield process
 
 
@@ -43,9 +44,10 @@ def test_the_examples_run(page: str, server: ServerProcess, capsys: pytest.Captu
         names["client"].close()  # type: ignore[attr-defined]
 
 
-def test_steering_changes_the_ending(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the second example of README.md claims to show."""
-    test_the_examples_run("README.md", server, capsys)
+def test_steering_changes_the_ending(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the second example of README.md claims to show. A server of its own: the page publishes names."""
+    with ServerProcess(*OPTIONS) as server:
+        test_the_examples_run("README.md", server, capsys)
     printed = capsys.readouterr().out.splitlines()
     receipts = [line for line in printed if re.fullmatch(r"\d+ [0-9a-f]{12}", line)]
     assert len(receipts) == 2
