@@ -241,10 +241,10 @@ def generated_token(
             here = feature_activations(value.features)
             features[name] = features[name].joined(here) if name in features else here
         elif kind == "probe":
-            columns = (labels or {}).get(value.readout, ())
-            if len(columns) != len(value.probe.scores):
+            columns, scores = (labels or {}).get(value.readout, ()), value.probe.scores
+            if len(columns) != len(scores):
                 raise GlasshouseError("the server sent scores without their labels", code="INTERNAL")
-            probes[name] = ProbeReading(columns, np.array(value.probe.scores, dtype=np.float32))
+            probes[name] = ProbeReading(columns, np.fromiter(scores, np.float32, len(columns)))
     return GeneratedToken(
         position=message.position,
         token_id=message.token_id,
