@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from google.longrunning import operations_pb2
 
+from glasshouse.client.testing.fake_attribution_services import FakeAttributionServices
 from glasshouse.client.testing.fake_concept_services import FakeConceptServices
 from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
 from glasshouse.client.testing.fake_monitor_services import FakeMonitorServices
@@ -15,6 +16,8 @@ from glasshouse.client.testing.fake_operations import FakeOperations
 from glasshouse.client.testing.fake_services import FakeServices
 from glasshouse.v1 import (
     activations_pb2,
+    attribution_graphs_pb2,
+    attribution_pb2,
     dictionaries_pb2,
     directions_pb2,
     feature_labels_pb2,
@@ -153,6 +156,54 @@ def monitor_methods(serve: FakeMonitorServices) -> Services:
                 FakeMethod("DeleteMonitor", pb.DeleteMonitorRequest, serve.delete_monitor),
                 FakeMethod("WatchMonitor", pb.WatchMonitorRequest, serve.watch_monitor, streams=True),
                 FakeMethod("ListMonitorEvents", pb.ListMonitorEventsRequest, serve.list_monitor_events),
+            ],
+        )
+    ]
+
+
+def attribution_methods(serve: FakeAttributionServices) -> Services:
+    """The service of attribution."""
+    pb, stored = attribution_pb2, attribution_graphs_pb2
+    return [
+        (
+            "glasshouse.v1.AttributionService",
+            [
+                FakeMethod(
+                    "AttributeTokens", pb.AttributeTokensRequest, serve.attribute_tokens, streams=True
+                ),
+                FakeMethod(
+                    "DirectAttribution", pb.DirectAttributionRequest, serve.direct_attribution, streams=True
+                ),
+                FakeMethod("PatchSweep", pb.PatchSweepRequest, serve.patch_sweep, streams=True),
+                FakeMethod("MediateEffect", pb.MediateEffectRequest, serve.mediate_effect, streams=True),
+                FakeMethod("PathPatch", pb.PathPatchRequest, serve.path_patch),
+                FakeMethod(
+                    "AttributionPatch", pb.AttributionPatchRequest, serve.attribution_patch, streams=True
+                ),
+                FakeMethod(
+                    "AttributeFeatures", pb.AttributeFeaturesRequest, serve.attribute_features, streams=True
+                ),
+                FakeMethod("DiscoverCircuit", pb.DiscoverCircuitRequest, serve.discover_circuit),
+                FakeMethod("CreateAttributionGraph", pb.CreateAttributionGraphRequest, serve.create_graph),
+                FakeMethod("EstimateAttribution", pb.EstimateAttributionRequest, serve.estimate),
+                FakeMethod(
+                    "InterveneOnFeatures", pb.InterveneOnFeaturesRequest, serve.intervene, streams=True
+                ),
+                FakeMethod("FeatureConnections", pb.FeatureConnectionsRequest, serve.connections),
+                FakeMethod("GetAttributionGraph", stored.GetAttributionGraphRequest, serve.get_graph),
+                FakeMethod("ListAttributionGraphs", stored.ListAttributionGraphsRequest, serve.list_graphs),
+                FakeMethod(
+                    "UpdateAttributionGraph", stored.UpdateAttributionGraphRequest, serve.update_graph
+                ),
+                FakeMethod(
+                    "DeleteAttributionGraph", stored.DeleteAttributionGraphRequest, serve.delete_graph
+                ),
+                FakeMethod(
+                    "ReadAttributionGraph", stored.ReadAttributionGraphRequest, serve.read_graph, streams=True
+                ),
+                FakeMethod("GetCircuit", stored.GetCircuitRequest, serve.get_circuit),
+                FakeMethod("ListCircuits", stored.ListCircuitsRequest, serve.list_circuits),
+                FakeMethod("DeleteCircuit", stored.DeleteCircuitRequest, serve.delete_circuit),
             ],
         )
     ]

@@ -13,10 +13,12 @@ from typing import Any
 import grpc
 
 from glasshouse.client.testing.failures import Failure, RefusedError, refused
+from glasshouse.client.testing.fake_attribution_services import FakeAttributionServices
 from glasshouse.client.testing.fake_concept_services import FakeConceptServices
 from glasshouse.client.testing.fake_dictionary_services import FakeDictionaryServices
 from glasshouse.client.testing.fake_methods import (
     FakeMethod,
+    attribution_methods,
     concept_methods,
     dictionary_methods,
     model_methods,
@@ -83,6 +85,7 @@ class FakeServer:
         self._dictionaries = FakeDictionaryServices(self._services.model, self._operations)
         self._monitors = FakeMonitorServices(self._services.model)
         self._services.flags = self._monitors.flags
+        self._attribution = FakeAttributionServices(self._services.model, self._operations)
         self._concepts = FakeConceptServices(self._services.model, self._operations)
         self.token_delay_s = token_delay_s
         self._api_key = api_key
@@ -163,6 +166,7 @@ class FakeServer:
             *dictionary_methods(self._dictionaries),
             *concept_methods(self._concepts),
             *monitor_methods(self._monitors),
+            *attribution_methods(self._attribution),
             *operation_methods(self._operations),
         )
         handlers = []
