@@ -15,9 +15,10 @@ PAGES = (
     "README.md",
     "client/attribution.md",
     "server/README.md",
+    "server/attribution.md",
     "server/dictionaries.md",
     "server/directions.md",
-    "server/attribution.md",
+    "server/monitors.md",
 )
 OPTIONS = ("--listen", "127.0.0.1:0", "--registry", "memory", "--threads", "1")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -36,7 +36,7 @@ OPPOSITE_MOOD: dict[Mood, Mood] = {"happy": "sad", "sad": "happy"}
 _MAX_NEW_TOKENS = 40
 _BATCH = 50
 # The words of each mood's endings that are not feelings; see `corpus.frames.ENDINGS`.
-_ENDING_WORDS: dict[Mood, frozenset[str]] = {
+ENDING_WORDS: dict[Mood, frozenset[str]] = {
     "happy": frozenset({*FEELINGS["happy"], "smiled", "smile", "laughed", "danced", "wonderful", "happily"}),
     "sad": frozenset({*FEELINGS["sad"], "cried", "tears", "sobbed", "wept", "awful"}),
     "calm": frozenset({*FEELINGS["calm"], "slowly"}),
@@ -70,7 +70,7 @@ class FlipResult:
 def mood_of_ending(ending: str) -> Mood | None:
     """The one mood whose words the ending's first sentence contains; None for no mood or several."""
     words = set(re.findall(r"[a-z]+", re.split(r"[.!?]", ending)[0].lower()))
-    found = [mood for mood in MOODS if words & _ENDING_WORDS[mood]]
+    found = [mood for mood in MOODS if words & ENDING_WORDS[mood]]
     return found[0] if len(found) == 1 else None
 
 

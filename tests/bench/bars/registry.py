@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from ..harness import Report
 from ..workbench import Workbench
 from . import (
+    aborting,
     attribution,
     attribution_latency,
     concepts,
@@ -39,5 +40,6 @@ BARS: Mapping[str, Bar] = {
     "dictionaries": dictionaries.run,
     "attribution": attribution.run,
     "monitors": monitors.run,
+    "aborting": aborting.run,
     "attribution_latency": attribution_latency.run,
 }
