@@ -17,7 +17,7 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from time import perf_counter
 from typing import Any, cast
 from urllib.parse import unquote
@@ -52,6 +52,9 @@ _AUTHORIZATION_KEY = "authorization"
 # How long a caller is told to wait before it tries again.
 _RETRY_BUSY_S = 0.5
 _RETRY_DRAINING_S = 2.0
+# What is taken of an upload that was refused.
+_REST_S = 2.0
+_REST_MESSAGES = 64
 # What two readings of the clock may be apart.
 _CLOCK_S = 0.01
 
@@ -77,7 +80,9 @@ class Gate:
             take = self._answer(cast(UnaryBehaviour, behaviour))
 
             async def gather(requests: AsyncIterator[Any], context: Context) -> Any:
-                return await self._serve(method, _well_formed(method, requests), context, take)
+                return await self._serve(
+                    method, _well_formed(method, requests), context, take, upload=requests
+                )
 
             return grpc.stream_unary_rpc_method_handler(gather, parse, serialize)
         if method.streams:
@@ -104,6 +109,8 @@ class Gate:
         request: Any,
         context: Context,
         work: Callable[[Any, Call, Context], Awaitable[Any]],
+        *,
+        upload: AsyncIterator[Any] | None = None,
     ) -> Any:
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         call = Call(_request_id(metadata.get(REQUEST_ID_KEY)), self._metrics)
@@ -141,6 +148,8 @@ class Gate:
                 code = code_of(failure)
             self._record(method, call, code, failure, context, facts)
         if failure is not None:
+            if upload is not None:
+                await _take_the_rest(upload)
             await context.abort(code, message_of(failure), trailers(failure, call.request_id))
         return result
 
@@ -234,6 +243,16 @@ class Gate:
             request_id=call.request_id,
             **facts,
         )
+
+
+async def _take_the_rest(upload: AsyncIterator[Any]) -> None:
+    """Takes what a refused caller is still sending: an asyncio client that is refused while it sends is told of an error of
+    its own and not of the refusal. Somebody who does not come to an end is cut off all the same.
+    """
+    with suppress(Exception):
+        async with asyncio.timeout(_REST_S):
+            for _ in range(_REST_MESSAGES):
+                await anext(upload)
 
 
 async def _well_formed(method: Method, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
