@@ -30,6 +30,9 @@ from glasshouse.server.types.selectors import EVERYWHERE, NamedPositions, Select
 
 from ...oracles import formulas
 from ...oracles.probes import RandomProbe, random_probe
+from ...oracles.vllm_engines import BOTH
+
+on_both = pytest.mark.parametrize("engine", BOTH, indirect=True)
 
 PROMPTS = [
     "Once upon a time there was a little girl named Lily.",
@@ -79,6 +82,7 @@ def expected(random: RandomProbe, output: ProbeOutput, captures: Any, positions:
     return np.stack([say(x[positions[: place + 1]]) for place in range(len(positions))])
 
 
+@on_both
 @pytest.mark.parametrize("one_bank", [True, False])
 async def test_scores_stream_with_each_token_and_for_the_prompt(
     engine: Any,
@@ -247,6 +251,7 @@ class Ends:
         raise AssertionError("the scores never move")
 
 
+@on_both
 async def test_abort_within_the_step_and_company_goes_on(
     engine: Any, answer: Any, oracle: Any, fable_model: Any, probes: dict[str, RandomProbe], shelf: Any
 ) -> None:
@@ -285,6 +290,7 @@ async def test_abort_within_the_step_and_company_goes_on(
     assert engine.status().running == 0
 
 
+@on_both
 @pytest.mark.parametrize("scope", list(ConditionScope))
 async def test_a_prompt_is_refused_before_its_first_token(
     engine: Any, answer: Any, oracle: Any, fable_model: Any, probes: Any, shelf: Any, scope: ConditionScope
@@ -309,6 +315,7 @@ async def test_a_prompt_is_refused_before_its_first_token(
     assert got.finished.abort.score == pytest.approx(score, abs=2e-5)
 
 
+@on_both
 async def test_a_prompt_below_its_mean_goes_on(
     engine: Any, answer: Any, oracle: Any, fable_model: Any, probes: Any, shelf: Any
 ) -> None:
@@ -348,6 +355,7 @@ async def test_a_feature_ends_a_generation(engine: Any, answer: Any, fable_model
     assert got.finished.abort.score == pytest.approx(activations[first], rel=1e-5)
 
 
+@on_both
 async def test_named_directions(engine: Any, answer: Any, fable_model: Any, shelf: ConceptShelf) -> None:
     rng = np.random.default_rng(3)
     v, w = (rng.standard_normal(D).astype(np.float32) for _ in range(2))

@@ -24,7 +24,11 @@ from glasshouse.server.types.generation import FinishReason, Sampling
 from glasshouse.server.types.interventions import AddVector, Intervention
 from glasshouse.server.types.readouts import ReadFeatures
 
+from ...oracles.vllm_engines import BOTH
+
 EARLY, LATE = "blocks.1.hook_resid_post", "blocks.4.hook_resid_post"
+on_both = pytest.mark.parametrize("engine", BOTH, indirect=True)
+
 PROMPTS = ("Once upon a time there was a", "The dog", "Lily was sad because her")
 ACTIONS = MonitorAction
 
@@ -90,6 +94,7 @@ def ids(fable_model: Any) -> Callable[[str], tuple[int, ...]]:
     return lambda text: tuple(fable_model.tokenizer.encode(text))
 
 
+@on_both
 async def test_many_requests_are_watched_as_each_alone(
     engine: Any, answer: Any, oracle: Any, ids: Any
 ) -> None:
@@ -144,6 +149,7 @@ async def test_many_requests_are_watched_as_each_alone(
     assert roster.rules.n_taken == 0
 
 
+@on_both
 async def test_positions_and_masks(engine: Any, answer: Any, oracle: Any, ids: Any) -> None:
     served, noted = probe(7, LATE), Noted()
     text = ids(PROMPTS[0])
@@ -173,6 +179,7 @@ async def test_positions_and_masks(engine: Any, answer: Any, oracle: Any, ids: A
         assert noted.of(watch, name) == by_hand(rule(), [scores[p] for p in wanted], wanted)
 
 
+@on_both
 async def test_an_abort_sends_nothing_that_came_of_the_position(
     engine: Any, answer: Any, oracle: Any, ids: Any
 ) -> None:
@@ -217,6 +224,7 @@ async def test_an_abort_sends_nothing_that_came_of_the_position(
     assert noted[0].token_ids == tuple(fed[: len(text) + at + 1])
 
 
+@on_both
 async def test_a_prompt_can_be_refused(engine: Any, answer: Any, ids: Any) -> None:
     chosen = Rule(aggregation=Aggregation.MAX, on_above=-1.0)
     roster = Roster(
@@ -295,6 +303,7 @@ async def test_features_of_a_dictionary(engine: Any, answer: Any, ids: Any) -> N
     assert noted.of(watch, "f") == wanted and wanted
 
 
+@on_both
 async def test_a_seeded_sample_is_the_same_watched_and_unwatched(engine: Any, answer: Any, ids: Any) -> None:
     text, sampling = ids(PROMPTS[1]), Sampling(seed=5, temperature=1.0)
     roster = Roster([Watch(name="m", source=source(engine, probe(1, LATE)), rule=rule())], Noted())

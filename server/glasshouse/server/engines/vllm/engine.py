@@ -22,8 +22,10 @@ import numpy as np
 import structlog
 import torch
 
+from glasshouse.server.attribution.twin import twin_of
 from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries as loading
+from glasshouse.server.engines import watch_sources
 from glasshouse.server.engines.concepts import Concepts, look_up
 from glasshouse.server.engines.engine import Engine, EngineStatus
 from glasshouse.server.engines.preparation import Preparation
@@ -33,9 +35,11 @@ from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
-from glasshouse.server.models.loading import outline_model
+from glasshouse.server.models.loading import load_model, outline_model
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.readouts.prepared import PreparedReadout
+from glasshouse.server.readouts.score_columns import ColumnSource
+from glasshouse.server.types.conditions import FeatureColumn, ProbeColumn
 from glasshouse.server.types.configuration import EngineSettings
 from glasshouse.server.types.errors import (
     FailedPrecondition,
@@ -54,26 +58,40 @@ from glasshouse.server.types.generation import (
     ScoreResult,
 )
 from glasshouse.server.types.hook_points import HookPoint
-from glasshouse.server.types.interventions import FloatArray, InterventionReceipt
+from glasshouse.server.types.interventions import FloatArray, Intervention, InterventionReceipt
 from glasshouse.server.types.models import ModelInfo
 from glasshouse.server.types.readouts import Array, ReadoutValue, TopTokens
 from glasshouse.wire import reasons
 
-from .contract import EXTRA_ARG, BootReport, RequestPlan, cache_salt, pack_plan, plan_request
+from .contract import EXTRA_ARG, BootReport, RequestPlan, cache_salt, pack_plan, plan_request, probes_of
 from .contract.settings import CONNECT, LOAD_DICTIONARY
 from .gateway import arguments, environment
 from .gateway.admission import EditSlots, Gate
 from .gateway.bulk import windowed
 from .gateway.channel import ReportChannel
 from .gateway.join import Join, JoinSettings
+from .gateway.looking import Looking
+from .gateway.probes import WorkerProbes
 from .gateway.sampling import forward_params, generation_params, top_tokens
 from .gateway.statistics import Statistics
+from .gateway.watching import WatchedRequest
 
 _log = structlog.get_logger(__name__)
-CAPABILITIES = ("generate", "score", "extract", "intervene", "readout", "logit_lens", "features")
+CAPABILITIES = (
+    "generate",
+    "score",
+    "extract",
+    "intervene",
+    "readout",
+    "logit_lens",
+    "features",
+    "gradients",
+    "probes",
+    "conditions",
+)
 # Below this a model is computed on one thread: see the transformers engine.
 _SMALL_PARAMETERS = 50_000_000
-_SHUTDOWN_S = 10.0
+_SHUTDOWN_S = 3.0
 _UNREACHED = "not reached by the vllm engine"
 NOTHING: Mapping[int, ReadoutValue] = {}
 
@@ -170,9 +188,12 @@ class VllmEngine(Engine):
         self._llm: Any = None
         self._channel: ReportChannel | None = None
         self._join_settings: JoinSettings | None = None
+        self._probes = WorkerProbes(self._on_workers)
         self._n_requests = 0
         self._stopping = False
         self._failure = ""
+        self._twin: LoadedModel | None = None
+        self._twin_lock = threading.Lock()
         self._head_lock = threading.Lock()
         self._head_ready = False
 
@@ -186,7 +207,6 @@ class VllmEngine(Engine):
             device=torch.device("cpu"),
             dictionaries=self._dictionaries,
             max_readout_bytes=self._limits.max_readout_bytes,
-            scores=False,
         )
 
     # -- facts ---------------------------------------------------------------------------------------------------
@@ -244,7 +264,7 @@ class VllmEngine(Engine):
         given = arguments.engine_arguments(self._settings, self._outlined, known)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
         self._channel = ReportChannel(host=self._report_host(), statistics=self._statistics)
-        answers = await self._llm.collective_rpc(CONNECT, args=(self._channel.endpoint,))
+        answers = await self._on_workers(CONNECT, (self._channel.endpoint,))
         self._connected([BootReport.from_plain(answer) for answer in answers])
         warm_up = GenerationRequest(prompt=(self._info.bos_token_id or 0,), max_tokens=2)
         async for _ in self.generate(warm_up):
@@ -296,6 +316,44 @@ class VllmEngine(Engine):
         host: FloatArray = head.token_contributions(self._outlined, torch.from_numpy(directions)).numpy()
         return host
 
+    def gradient_twin(self) -> LoadedModel:
+        """The same checkpoint in this process, in float32 and with gradients; see `Engine`. Loaded by the first call."""
+        with self._twin_lock:
+            if self._twin is None:
+                settings = self._settings
+                loaded = load_model(
+                    settings.model,
+                    name=settings.name,
+                    dtype="float32",
+                    device="cpu",
+                    allow_remote_code=settings.allow_remote_code,
+                )
+                self._twin = twin_of(loaded)
+            return self._twin
+
+    async def score_source(self, column: ProbeColumn | FeatureColumn, *, field: str) -> ColumnSource:
+        """What scores a column; see `Engine`."""
+        return await watch_sources.score_source(self._preparation, self.concepts, column, field=field)
+
+    async def steering(
+        self, interventions: Sequence[Intervention], *, field: str
+    ) -> tuple[Intervention, ...]:
+        """Refused: a monitor cannot change what a step of vLLM is about to do."""
+        if not interventions:
+            return ()
+        raise FailedPrecondition(
+            "monitors do not steer on the vllm engine",
+            reason=reasons.CAPABILITY_MISSING,
+            field=field,
+            value="steer",
+            remedy="put the condition on an intervention of the request, or serve the model with --engine transformers",
+        )
+
+    async def _on_workers(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:
+        """Runs a method of ours on every worker; their answers."""
+        answers: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+        return answers
+
     async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
         """Loads, fits and measures a dictionary (see `engines.dictionaries`), here and in every worker."""
         return await self._load_dictionary(name, path, loading.Sample(self))
@@ -307,7 +365,7 @@ class VllmEngine(Engine):
         if any(not item.detached for item in held):
             self._generation += 1
             try:
-                answers = await self._llm.collective_rpc(LOAD_DICTIONARY, args=(name, path, self._generation))
+                answers = await self._on_workers(LOAD_DICTIONARY, (name, path, self._generation))
             except Exception:
                 for item in held:
                     self._dictionaries.remove(item.name)
@@ -337,15 +395,18 @@ class VllmEngine(Engine):
     ) -> AsyncGenerator[Sequence[GenerationEvent], None]:
         """Events in batches; see `Engine`."""
         self._check_open()
-        _refuse_watching(request, watch)
         check, prompt = self._preparation, request.prompt
         check.check_tokens(prompt, max_tokens=request.max_tokens, field="input")
         self._gate.check()
         n_fed = len(prompt) + request.max_tokens - 1
-        concepts = await look_up(self.concepts, request.interventions, request.readouts)
+        concepts = await look_up(self.concepts, request.interventions, request.readouts, request.abort_when)
         edits = check.edits(request.interventions, prompt=prompt, n_fed=n_fed, concepts=concepts)
-        readouts = check.readouts(request.readouts, prompt=prompt, n_fed=n_fed)
+        readouts = check.readouts(request.readouts, prompt=prompt, n_fed=n_fed, concepts=concepts)
         check.check_bytes(readouts, n_fed=n_fed, field="readouts")
+        looking = Looking(
+            check.abort_when(request.abort_when, prompt=prompt, n_fed=n_fed, concepts=concepts),
+            None if watch is None else WatchedRequest(watch, prompt, n_fed, self._table),
+        )
         events: list[GenerationEvent] = []
         transcript = Transcript(
             request,
@@ -353,7 +414,7 @@ class VllmEngine(Engine):
             eos_token_ids=self._info.eos_token_ids,
             put=lambda event, _: events.append(event),
         )
-        prepared = self._prepared(prompt, edits, readouts)
+        prepared = await self._prepared(prompt, edits, (*readouts, *looking.readouts))
         params = generation_params(
             request, sorted(transcript.end_tokens), prepared.extra, recompute_prompt=prepared.recompute_prompt
         )
@@ -367,7 +428,12 @@ class VllmEngine(Engine):
                     transcript.started()
                     if join is not None:
                         await join.armed()
-                    transcript.prefilled(() if join is None else await join.prompt_readouts())
+                    read_of_prompt = () if join is None else await join.prompt_readouts()
+                    transcript.prefilled(looking.without_prompt(read_of_prompt))
+                    abort = looking.over_prompt(read_of_prompt)
+                    if abort is not None:
+                        ending = transcript.aborted(abort)
+                        break
                 if join is not None:
                     join.check()
                 completion = output.outputs[0]
@@ -378,6 +444,12 @@ class VllmEngine(Engine):
                     read = NOTHING
                     if join is not None and join.reads:
                         read = await join.before(len(token_ids), token_ids[-1])
+                        if looking.looks and len(token_ids) > len(prompt):
+                            abort = looking.at(len(token_ids) - 1, token_ids[-1], read)
+                            if abort is not None:
+                                ending = transcript.aborted(abort)
+                                break
+                        read = looking.without(read)
                     entry = completion.logprobs[index]
                     top = top_tokens(entry, request.top_logprobs) if request.top_logprobs else None
                     ending = transcript.push(token, entry[token].logprob, top, read)
@@ -391,8 +463,10 @@ class VllmEngine(Engine):
                 yield events
                 events = []
             assert ending is not None, "vLLM's outputs end with the generation"
-            receipt = () if join is None else await join.receipt(token_ids, len(token_ids) - 1)
-            transcript.finish(ending, receipt)
+            # The last token is never fed; of a generation that was aborted it was not taken.
+            n_fed = len(token_ids) - (ending.abort is None)
+            receipt = () if join is None else await join.receipt(token_ids, n_fed)
+            transcript.finish(ending, receipt, flags=looking.flags)
             yield events
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
@@ -411,7 +485,7 @@ class VllmEngine(Engine):
         self._gate.check()
         concepts = await look_up(self.concepts, request.interventions)
         edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens), concepts=concepts)
-        prepared = self._prepared(tokens, edits, ())
+        prepared = await self._prepared(tokens, edits, ())
         params = forward_params(prepared.extra, prompt_logprobs=request.top_k, recompute_prompt=True)
         async with self._opened(tokens, prepared, params) as opened:
             output = await self._fed(opened)
@@ -437,7 +511,7 @@ class VllmEngine(Engine):
 
         async def compute(index: int) -> ExtractedInput:
             tokens = request.inputs[index]
-            prepared = self._prepared(tokens, *checked[index])
+            prepared = await self._prepared(tokens, *checked[index])
             params = forward_params(prepared.extra, recompute_prompt=prepared.recompute_prompt)
             async with self._opened(tokens, prepared, params) as opened:
                 await self._fed(opened)
@@ -478,7 +552,7 @@ class VllmEngine(Engine):
             retry_after_s=5.0,
         )
 
-    def _prepared(
+    async def _prepared(
         self,
         prompt: Sequence[int],
         edits: tuple[PreparedIntervention, ...],
@@ -488,7 +562,12 @@ class VllmEngine(Engine):
             return _Prepared()
         assert self._channel is not None, "the engine has started"
         plan = plan_request(
-            self._channel.new_tag(), len(prompt), edits, readouts, dictionary_keys=self._dictionary_keys
+            self._channel.new_tag(),
+            len(prompt),
+            edits,
+            readouts,
+            dictionary_keys=self._dictionary_keys,
+            probe_keys=await self._probes.keys(probes_of(edits, readouts)),
         )
         return _Prepared(
             plan=plan,
@@ -593,18 +672,6 @@ def _with_reach(outlined: LoadedModel, sites: frozenset[str]) -> LoadedModel:
         for tap in outlined.family.taps
     )
     return replace(outlined, family=replace(outlined.family, taps=taps))
-
-
-def _refuse_watching(request: GenerationRequest, watch: RequestWatch | None) -> None:
-    if watch is None and not request.abort_when:
-        return
-    raise FailedPrecondition(
-        "the vllm engine does not serve conditions and monitors",
-        reason=reasons.CAPABILITY_MISSING,
-        field="abort_when" if request.abort_when else "",
-        value="conditions",
-        remedy="leave them out, or serve the model with --engine transformers",
-    )
 
 
 def _too_slow(n_events: int) -> ServingError:

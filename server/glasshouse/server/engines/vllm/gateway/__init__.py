@@ -6,6 +6,9 @@
 - `admission`: how many may wait, and the workers' edit slots, taken before a request is sent.
 - `channel`: the socket that the workers report on.
 - `join`: one request's rows, runs and errors, matched with its tokens by position.
+- `reading`: one readout's rows.
+- `looking`, `watching`: conditions for ending early, and monitors.
+- `probes`: those that the workers hold.
 - `bulk`: forward-only work within a window.
 - `statistics`: what the engine counts.
 """

@@ -139,5 +139,6 @@ def _share(block: RowBlock, joins: Mapping[int, Join], touched: dict[int, Join])
     for tag, readout, start, stop in zip(owners, which, starts, stops, strict=True):
         join = joins.get(tag)
         if join is not None:
-            join.rows(readout, block.positions[start:stop], [array[start:stop] for array in block.values])
+            values = [array[start:stop] for array in block.values]
+            join.rows(block.kind, readout, block.positions[start:stop], values)
             touched[tag] = join

@@ -13,30 +13,18 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import structlog
 
-from glasshouse.server.dictionaries.features import NO_FEATURE
-from glasshouse.server.engines.transcript import n_bytes
 from glasshouse.server.interventions.edits import PreparedIntervention
-from glasshouse.server.readouts.capture import to_host
-from glasshouse.server.readouts.collect import NO_ROWS
-from glasshouse.server.readouts.features import FeatureTable
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.errors import FailedPrecondition, Internal, ResourceExhausted, ServingError
 from glasshouse.server.types.interventions import InterventionReceipt
-from glasshouse.server.types.readouts import (
-    Array,
-    FeatureActivations,
-    FeatureRows,
-    PromptReadout,
-    ReadoutValue,
-    TopTokens,
-)
+from glasshouse.server.types.readouts import Array, PromptReadout, ReadoutValue
 from glasshouse.wire import reasons
 
-from ..contract import Ledger, ReadoutPlan, RequestPlan, StepError
+from ..contract import Ledger, RequestPlan, StepError
 from ..contract.messages import NOT_APPLIED, OVERFLOW, PLAN_REFUSED
+from .reading import Reading, n_bytes_of
 from .statistics import Statistics
 
 _log = structlog.get_logger(__name__)
@@ -51,96 +39,6 @@ class JoinSettings:
     max_rows: int
     max_bytes: int
     speculating: bool = False
-
-
-class _Reading:
-    """One readout's rows: the prompt's in one table, the others as they come."""
-
-    def __init__(self, plan: ReadoutPlan, n_prompt: int) -> None:
-        self.kind, self.clause = plan.kind, plan.clause
-        self.excluded = frozenset(plan.clause.excluded_token_ids)
-        parts = [np.arange(low, min(high, n_prompt), dtype=np.int32) for low, high in plan.clause.ranges]
-        self.prompt_positions = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        self.n_prompt = n_prompt
-        self._found = np.zeros(len(self.prompt_positions), dtype=bool)
-        self._tables: list[Array] = []
-        # Position -> (value, first position of the run that read it).
-        self.later: dict[int, tuple[ReadoutValue, int]] = {}
-
-    @property
-    def prompt_done(self) -> bool:
-        """Whether every position of the prompt has been read."""
-        return bool(self._found.all())
-
-    def take(self, positions: Array, values: Sequence[Array], run_start: int) -> int:
-        """Takes rows at ascending positions; returns the bytes of those that are kept apart."""
-        n_in_prompt = int(np.searchsorted(positions, self.n_prompt))
-        if n_in_prompt:
-            self._take_prompt(positions[:n_in_prompt], [array[:n_in_prompt] for array in values])
-        kept = 0
-        for row in range(n_in_prompt, len(positions)):
-            position = int(positions[row])
-            if position not in self.later:
-                kept += sum(array[row].nbytes for array in values)
-            self.later[position] = (_value(self.kind, [array[row] for array in values]), run_start)
-        return kept
-
-    def _take_prompt(self, positions: Array, values: Sequence[Array]) -> None:
-        if not self._tables:
-            self._tables = [
-                np.empty((len(self.prompt_positions), *array.shape[1:]), array.dtype) for array in values
-            ]
-        at = np.searchsorted(self.prompt_positions, positions)
-        for table, array in zip(self._tables, values, strict=True):
-            table[at] = array
-        self._found[at] = True
-
-    def covers(self, position: int, token_id: int) -> bool:
-        """Whether the token fed at a position beyond the prompt is read."""
-        if token_id in self.excluded:
-            return False
-        return any(low <= position < high for low, high in self.clause.ranges)
-
-    def last_of_prompt(self) -> ReadoutValue | None:
-        """What was read at the prompt's last position, where it is selected."""
-        if not len(self.prompt_positions) or self.prompt_positions[-1] != self.n_prompt - 1:
-            return None
-        return _value(self.kind, [table[-1] for table in self._tables])
-
-    def of_prompt(self, readout: PreparedReadout) -> PromptReadout:
-        """The whole prompt's."""
-        values: Array | tuple[TopTokens, ...] | FeatureRows
-        if self.kind == "features":
-            values = (
-                FeatureTable(ids=self._tables[0], activations=self._tables[1], padded=True).rows()
-                if self._tables
-                else FeatureRows(*NO_ROWS)
-            )
-        elif self.kind == "lens":
-            values = tuple(map(TopTokens, *self._tables)) if self._tables else ()
-        elif self._tables:
-            values = self._tables[0]
-        else:
-            values = _nothing_read(readout)
-        return PromptReadout(
-            readout=readout.index, positions=tuple(self.prompt_positions.tolist()), values=values
-        )
-
-
-def _nothing_read(readout: PreparedReadout) -> Array:
-    import torch
-
-    return to_host(torch.zeros((0, readout.point.width)), readout.dtype)
-
-
-def _value(kind: str, parts: Sequence[Array]) -> ReadoutValue:
-    if kind == "activations":
-        return parts[0]
-    if kind == "lens":
-        return TopTokens(parts[0], parts[1])
-    ids, activations = parts
-    n_found = int((ids != NO_FEATURE).sum())
-    return FeatureActivations(ids[:n_found], activations[:n_found])
 
 
 class Join:
@@ -162,7 +60,14 @@ class Join:
         self._settings, self._statistics, self._drain = settings, statistics, drain
         self._unarmed = set(settings.reporters)
         self._unclosed = set(settings.reporters)
-        self._readings = {readout.index: _Reading(readout, plan.n_prompt) for readout in plan.readouts}
+        self._readings = {
+            part.index: Reading(part, readout, plan.n_prompt)
+            for part, readout in zip(plan.readouts, readouts, strict=True)
+        }
+        # Of edits under conditions: position -> whether the edit was made there.
+        self._steered: dict[int, dict[int, bool]] = {
+            edit.index: {} for edit in plan.edits if edit.condition >= 0
+        }
         self._ledgers = {
             rank: Ledger(own)
             for rank, sites in settings.reporters.items()
@@ -191,8 +96,11 @@ class Join:
         if (ledger := self._ledgers.get(rank)) is not None:
             ledger.ran(start, count, applied)
 
-    def rows(self, readout: int, positions: Array, values: Sequence[Array]) -> None:
-        """A worker read."""
+    def rows(self, kind: str, readout: int, positions: Array, values: Sequence[Array]) -> None:
+        """A worker read; or, of kind "steered", says where a conditional edit was made."""
+        if kind == "steered":
+            self._steered[readout].update(zip(positions.tolist(), values[0].tolist(), strict=True))
+            return
         reading = self._readings[readout]
         self._kept_bytes += reading.take(positions, values, self._run_start)
         if self._kept_bytes > self._settings.max_bytes or len(reading.later) > self._settings.max_rows:
@@ -240,7 +148,7 @@ class Join:
             lambda: all(reading.prompt_done for reading in self._readings.values()),
             "what was read of the prompt did not come",
         )
-        return tuple(self._readings[readout.index].of_prompt(readout) for readout in self._readouts)
+        return tuple(self._readings[readout.index].of_prompt() for readout in self._readouts)
 
     async def before(self, position: int, token_id: int) -> Mapping[int, ReadoutValue]:
         """What was read at `position` - 1, where `token_id` was fed: the readouts of the token at `position`."""
@@ -249,13 +157,13 @@ class Join:
             return {index: value for index, value in found.items() if value is not None}
         fed = position - 1
         wanted = [
-            (index, reading.later)
-            for index, reading in self._readings.items()
-            if reading.covers(fed, token_id)
+            (index, reading) for index, reading in self._readings.items() if reading.covers(fed, token_id)
         ]
 
         def here() -> bool:
-            return all(fed in later and self._sure(fed, later[fed][1]) for _, later in wanted)
+            return all(
+                fed in reading.later and self._sure(fed, reading.later[fed][1]) for _, reading in wanted
+            )
 
         if not here():
             self._drain()
@@ -263,10 +171,10 @@ class Join:
                 self._statistics.joins_late += 1
                 await self._until(here, f"what was read at position {fed} did not come")
         values: dict[int, ReadoutValue] = {}
-        for index, later in wanted:
-            value, _ = later.pop(fed)
-            self._kept_bytes -= n_bytes(value)
-            values[index] = value
+        for index, reading in wanted:
+            parts, _ = reading.later.pop(fed)
+            self._kept_bytes -= n_bytes_of(parts)
+            values[index] = reading.value(parts)
         return values
 
     def _sure(self, position: int, run_start: int) -> bool:
@@ -285,6 +193,8 @@ class Join:
             lambda: all(ledger.complete(n_fed) for ledger in self._ledgers.values()),
             "the account of the edits did not come",
         )
+        if self._settings.speculating and self._steered:
+            await self._until(lambda: not self._unclosed, "the account of the conditions did not come")
         applied: dict[int, int] = {}
         for ledger in self._ledgers.values():
             mismatch = ledger.first_mismatch(token_ids)
@@ -301,9 +211,18 @@ class Join:
                 hook_points=tuple(point.name for point in edit.hook_points),
                 positions_applied=applied[edit.index],
                 content_hash=edit.content_hash,
+                positions_steered=self._n_steered(edit.index, applied[edit.index], n_fed),
+                resources=edit.resources,
             )
             for edit in self._edits
         )
+
+    def _n_steered(self, edit: int, n_applied: int, n_fed: int) -> int:
+        """Where an edit was made: everywhere that it applied, or under a condition where that held."""
+        steered = self._steered.get(edit)
+        if steered is None:
+            return n_applied
+        return sum(made for position, made in steered.items() if position < n_fed)
 
     async def _until(self, holds: Callable[[], bool], otherwise: str) -> None:
         self.check()
