@@ -54,6 +54,24 @@ class HeldDictionary:
     size_bytes: int
     check: DictionaryCheck | None = None
     detached: str = ""
+    # Why the engine that serves the model does not reach its hook points, where it does not: passes with gradients do.
+    unreached: str = ""
+
+    def live(self, field: str) -> HeldDictionary:
+        """Itself, where it can run within the passes of the engine.
+
+        Raises:
+            FailedPrecondition: it cannot.
+        """
+        if self.unreached:
+            raise FailedPrecondition(
+                f"dictionary {self.name} {self.unreached}",
+                reason=reasons.CAPABILITY_MISSING,
+                field=field,
+                value=self.name,
+                remedy="serve the model with --engine transformers, or use a dictionary of the residual stream",
+            )
+        return self.attached(field)
 
     def attached(self, field: str) -> HeldDictionary:
         """Itself, where it can run on the model's own activations.

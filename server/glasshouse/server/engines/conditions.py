@@ -140,7 +140,7 @@ class ConditionPreparation:
         )
 
     def _feature(self, condition: Condition, source: FeatureColumn, field: str) -> Measure:
-        held = self.dictionaries.get(source.dictionary, field=f"{field}.dictionary").attached(
+        held = self.dictionaries.get(source.dictionary, field=f"{field}.dictionary").live(
             f"{field}.dictionary"
         )
         dictionary = held.dictionary

@@ -74,7 +74,7 @@ async def _fit(
 ) -> HeldDictionary:
     facts = dictionary.facts
     size_bytes = (await asyncio.to_thread(estimate_bytes, path)) // n_parts
-    detached = _detached(sample.engine, table, facts)
+    detached = _detached(facts)
     if detached:
         return HeldDictionary(
             name=facts.name,
@@ -85,8 +85,10 @@ async def _fit(
             size_bytes=size_bytes,
             detached=detached,
         )
-    points_in = _points(table, facts.name, facts.hook_points_in, facts.d_in, writing=False)
-    points_out = _points(table, facts.name, facts.hook_points_out, facts.d_out, writing=True)
+    unreached = _unreached(sample.engine, table, facts)
+    hooked = not unreached
+    points_in = _points(table, facts.name, facts.hook_points_in, facts.d_in, writing=False, hooked=hooked)
+    points_out = _points(table, facts.name, facts.hook_points_out, facts.d_out, writing=True, hooked=hooked)
     bad = await asyncio.to_thread(dictionary.first_not_finite)
     if bad:
         raise FailedPrecondition(
@@ -99,8 +101,10 @@ async def _fit(
     device = sample.engine.info.device
     if device != "cpu":
         dictionary = await asyncio.to_thread(dictionary.to, device)
-    check = await measure(sample, dictionary, points_in, points_out)
-    if check.warning:
+    check = None if unreached else await measure(sample, dictionary, points_in, points_out)
+    if check is None:
+        _log.warning("dictionary_not_reached", dictionary=facts.name, why=unreached)
+    elif check.warning:
         _log.warning(
             "dictionary_looks_wrong", dictionary=facts.name, l0=check.l0, fvu=check.fvu, why=check.warning
         )
@@ -114,27 +118,34 @@ async def _fit(
         points_out=points_out,
         size_bytes=size_bytes,
         check=check,
+        unreached=unreached,
     )
 
 
-def _detached(engine: Engine, table: HookTable, facts: DictionaryFacts) -> str:
-    """Why a dictionary cannot run on the model's own activations here, or ""."""
+def _detached(facts: DictionaryFacts) -> str:
+    """Why a dictionary cannot run on this model's own activations, or ""."""
     names = (*facts.hook_points_in, *facts.hook_points_out)
     if any(name.startswith(_OF_SEVERAL_MODELS) for name in names):
         return "reads the activations of several models, of which this server runs one"
-    if not engine.hooks_everything:
-        for name in names:
-            try:
-                point = table.resolve(name, field="path")
-            except ServingError:
-                return ""  # refused with its own words where its points are fitted
-            if not point.readable:
-                return f"is for {point.name}, which the {engine.info.engine} engine does not reach"
+    return ""
+
+
+def _unreached(engine: Engine, table: HookTable, facts: DictionaryFacts) -> str:
+    """Why the engine does not reach its hook points, or ""."""
+    if engine.hooks_everything:
+        return ""
+    for name in (*facts.hook_points_in, *facts.hook_points_out):
+        try:
+            point = table.resolve(name, field="path")
+        except ServingError:
+            return ""  # refused with its own words where its points are fitted
+        if not point.readable:
+            return f"is for {point.name}, which the {engine.info.engine} engine does not reach"
     return ""
 
 
 def _points(
-    table: HookTable, dictionary: str, names: Sequence[str], width: int, *, writing: bool
+    table: HookTable, dictionary: str, names: Sequence[str], width: int, *, writing: bool, hooked: bool
 ) -> tuple[HookPoint, ...]:
     points = []
     for name in names:
@@ -156,7 +167,7 @@ def _points(
                 value=width,
                 remedy="load it with the model it was trained on",
             )
-        if not (point.writable if writing else point.readable):
+        if hooked and not (point.writable if writing else point.readable):
             raise FailedPrecondition(
                 f"dictionary {dictionary} is for {point.name}, which cannot be {'edited' if writing else 'read'}",
                 reason=reasons.DICTIONARY_MISMATCH,

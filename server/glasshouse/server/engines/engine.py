@@ -99,8 +99,8 @@ class Engine(ABC):
 
     @property
     def hooks_everything(self) -> bool:
-        """Whether every hook point of the model's family can be had here. Where not, a dictionary of one that cannot is
-        held without its hook points.
+        """Whether every hook point of the model's family can be had here. Where not, a dictionary of one that cannot serves
+        passes with gradients alone.
         """
         return True
 

@@ -85,7 +85,7 @@ async def encode_inputs(
     wanted: Wanted,
 ) -> AsyncGenerator[EncodedInput, None]:
     """Each input as it is done, in any order."""
-    held.attached("dictionary")
+    held.live("dictionary")
     request = ExtractionRequest(
         inputs=tuple(inputs),
         hook_points=tuple(point.name for point in held.points_in),

@@ -170,7 +170,7 @@ class Preparation:
         field: str,
     ) -> PreparedIntervention:
         named = f"{field}.{edit.kind}.dictionary"
-        held = self.dictionaries.get(edit.dictionary, field=named).attached(named)
+        held = self.dictionaries.get(edit.dictionary, field=named).live(named)
         return features.prepare(
             intervention,
             index=index,
@@ -216,7 +216,7 @@ class Preparation:
                 return self._reading(probe, readout.output, index, positions, pools, f"{field}.probe.probe")
             case ReadFeatures():
                 named = f"{field}.features.dictionary"
-                held = self.dictionaries.get(readout.dictionary, field=named).attached(named)
+                held = self.dictionaries.get(readout.dictionary, field=named).live(named)
                 return prepared.prepare_features(
                     readout,
                     index=index,

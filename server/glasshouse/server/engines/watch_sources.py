@@ -32,7 +32,7 @@ async def score_source(
     """
     if isinstance(column, FeatureColumn):
         path = f"{field}.feature.dictionary"
-        kept = check.dictionaries.get(column.dictionary, field=path).attached(path)
+        kept = check.dictionaries.get(column.dictionary, field=path).live(path)
         kept.dictionary.check_feature_ids(torch.tensor([column.feature]), field=f"{field}.feature.feature")
         _check_points(kept.points_in, path)
         return FeatureColumnSource(points=kept.points_in, dictionary=kept.dictionary, feature=column.feature)

@@ -266,7 +266,7 @@ class DictionaryServicer:
         """Starts an evaluation."""
         model, held = self._find(request.dictionary, "dictionary")
         limits = self._limits
-        held.attached("dictionary")
+        held.live("dictionary")
         most = request.max_tokens or _MAX_TOKENS
         fields.whole(most, "max_tokens", 2, limits.max_input_tokens_total)
         if request.inputs:

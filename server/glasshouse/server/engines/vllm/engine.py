@@ -362,7 +362,7 @@ class VllmEngine(Engine):
         self, name: str, path: str, sample: loading.Sample
     ) -> Sequence[HeldDictionary]:
         held = await loading.load(self, self._table, name, path, sample)
-        if any(not item.detached for item in held):
+        if any(not (item.detached or item.unreached) for item in held):
             self._generation += 1
             try:
                 answers = await self._on_workers(LOAD_DICTIONARY, (name, path, self._generation))
