@@ -7,8 +7,8 @@ l at position t hears from the features of earlier layers up to t, their errors 
 - decoder rows: each distinct feature's at every contribution it writes, as far as they are kept;
 - batches: gradients and rows at hand; patterns of the prompt.
 
-Where features are selected, which rows come is not known: the longest are counted, an upper bound. Seconds are one
-batch measured here, scaled by what each row's share of the work is.
+Where features are selected, which rows come is not known: the longest are counted. Bytes are an upper bound, at most
+four times the peak; seconds are one batch measured here, scaled by what each row's share of the work is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from glasshouse.server.attribution.attribution_graph import BATCH_BYTES, MOST_RO
 from glasshouse.server.attribution.local_model import KEPT_BYTES, LocalModel
 
 _EDGE, _WEIGHT, _NUMBER = 12, 4, 4
+_SLACK = 1.15
 _ASSEMBLED_PER_S = 20e6
 """Edges that are put together a second, about."""
 
@@ -57,20 +58,23 @@ def estimate(local: LocalModel, *, max_features: int, n_logits: int) -> Estimate
     places = torch.unique(layers * n_positions + positions)  # one list of sources each, or each row's own
     n_lists = int(counts_LT.flatten()[places].sum()) if n_wanted == n_active else int(rows.sum())
     decoder_bytes = _decoder_bytes(local)
-    patterns = 4 * n_layers * local.model.loaded.n_heads * n_positions**2
+    pattern = 4 * local.model.loaded.n_heads * n_positions**2  # kept as it is and scaled; three at work
     batch = 3 * BATCH_BYTES + 2 * 4 * local.n_sources
+    taken = (
+        _EDGE * n_edges
+        + _WEIGHT * n_computed
+        + _NUMBER * n_lists
+        + min(decoder_bytes, KEPT_BYTES)
+        + (2 * n_layers + 3) * pattern
+        + batch
+    )
     return Estimate(
         n_features=n_active,
         n_rows=n_wanted + n_logits,
         n_edges=n_edges,
         edge_bytes=_EDGE * n_edges,
         decoder_bytes=decoder_bytes,
-        memory_bytes=_EDGE * n_edges
-        + _WEIGHT * n_computed
-        + _NUMBER * n_lists
-        + min(decoder_bytes, KEPT_BYTES)
-        + 3 * patterns
-        + batch,
+        memory_bytes=int(_SLACK * taken),
         seconds=_seconds(local, counts, n_wanted) + n_computed / _ASSEMBLED_PER_S,
     )
 
@@ -114,5 +118,4 @@ def _seconds(local: LocalModel, counts: Tensor, n_wanted: int) -> float:
     begun = time.perf_counter()
     local.feature_rows(batch)
     seconds = time.perf_counter() - begun
-    whole = work.topk(n_wanted).values.sum() if n_wanted < n_active else work.sum()
-    return seconds * float(whole) / float(work[batch].sum())
+    return seconds * n_wanted * float(work.mean()) / float(work[batch].sum())
