@@ -188,6 +188,7 @@ async def test_an_engine_finds_them(registry: Registry) -> None:
     assert held.hook_point == "blocks.3.hook_resid_post" and held.vector.dtype == np.float32
     assert held.at("blocks.0.hook_resid_post")[0] == 1.0
     assert held.at("blocks.3.hook_resid_post")[0] == held.at("blocks.1.hook_resid_post")[0] == 2.0
+    assert await store.direction("d@1", field="f") is held, "made once, as long as it is held"
     with pytest.raises(FailedPrecondition, match="the request is for m"):
         await store.direction("models/other/directions/d", field="f")
     with pytest.raises(NotFound) as missing:

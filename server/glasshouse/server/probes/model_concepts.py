@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class ModelConcepts(ConceptStore):
         self._revision = revision
         # By version: requests that hold one share it, however the library's cache fares meanwhile.
         self._probes: WeakValueDictionary[str, HeldProbe] = WeakValueDictionary()
+        # What was made of those in the library's cache, for as long as they are there: nothing is hashed or cast twice.
+        self._made_probes: WeakKeyDictionary[SavedProbe, HeldProbe] = WeakKeyDictionary()
+        self._made_directions: WeakKeyDictionary[SavedDirection, HeldDirection] = WeakKeyDictionary()
 
     async def probe(self, name: str, *, field: str) -> HeldProbe:
         """See `ConceptStore`."""
@@ -30,13 +33,14 @@ class ModelConcepts(ConceptStore):
         if not isinstance(found, SavedProbe):
             found = await asyncio.to_thread(self._library.probe, reference, field=field)
         of_revision(found, self._revision, field=field)
-        held = self._probes.get(found.origin.name)
+        held = self._made_probes.get(found) or self._probes.get(found.origin.name)
         if held is None:
             assert found.served is not None
             held = HeldProbe(
                 name=found.origin.name, probe=found.served, content_hash=probe_hash(found.served)
             )
             self._probes[held.name] = held
+        self._made_probes[found] = held
         return held
 
     async def direction(self, name: str, *, field: str) -> HeldDirection:
@@ -46,13 +50,17 @@ class ModelConcepts(ConceptStore):
         if not isinstance(found, SavedDirection):
             found = await asyncio.to_thread(self._library.direction, reference, field=field)
         of_revision(found, self._revision, field=field)
-        vectors = {at.hook_point: np.asarray(at.vector, dtype=np.float32) for at in found.at}
-        return HeldDirection(
-            name=found.origin.name,
-            hook_point=found.best,
-            vector=vectors[found.best],
-            elsewhere={point: vector for point, vector in vectors.items() if point != found.best},
-        )
+        held = self._made_directions.get(found)
+        if held is None:
+            vectors = {at.hook_point: np.asarray(at.vector, dtype=np.float32) for at in found.at}
+            held = HeldDirection(
+                name=found.origin.name,
+                hook_point=found.best,
+                vector=vectors[found.best],
+                elsewhere={point: vector for point, vector in vectors.items() if point != found.best},
+            )
+            self._made_directions[found] = held
+        return held
 
     def _reference(self, name: str, kind: Kind, field: str) -> Reference:
         reference = parse(name, kind=kind, model=self._model, field=field)
