@@ -24,7 +24,7 @@ SURFACE = {
     | EDITS
     | {"PROMPT", "--model", "--max-tokens", "--temperature", "--top-p", "--top-k", "--seed", "--stop"}
     | {"--ignore-eos", "--read", "--lens", "--logprobs"}
-    | {"--set-feature", "--scale-feature", "--read-features", "--probe", "--when", "--abort-when"},
+    | {"--set-feature", "--scale-feature", "--read-features", "--probe", "--when", "--abort-when", "--label"},
     "dictionaries": CONNECTION | {"--model"},
     "features": CONNECTION
     | {"TEXT", "--model", "--dictionary", "--top-k", "--feature", "--html", "--positions"},

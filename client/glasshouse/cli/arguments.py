@@ -4,6 +4,7 @@ usage (status 2)."""
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,3 +183,12 @@ def _vector(hook_point: str, path: str, text: str, option: str, form: str) -> An
         raise typer.BadParameter(f"cannot read {path}: {error.strerror}", param_hint=option) from None
     except TensorFileError as error:
         raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def labels_option(given: Iterable[str], option: str) -> dict[str, str]:
+    """A request's labels, as NAME=VALUE each."""
+    pairs = [text.partition("=") for text in given]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise typer.BadParameter(f"{name!r} is not NAME=VALUE", param_hint=option)
+    return {name: value for name, _, value in pairs}

@@ -14,6 +14,7 @@ from glasshouse.cli.arguments import (
     feature_reading,
     feature_scaling,
     feature_setting,
+    labels_option,
     lens,
     positions_option,
     probe_reading,
@@ -119,6 +120,10 @@ def generate(
         list[str] | None,
         typer.Option("--probe", metavar="PROBE[:margin]", help="Read a probe's scores; repeatable."),
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="NAME=VALUE", help="What it is about, for monitors; repeatable."),
+    ] = None,
     logprobs: Annotated[
         int, typer.Option("--logprobs", metavar="K", help="Alternatives to show with each token.")
     ] = 0,
@@ -170,6 +175,7 @@ def generate(
             interventions=edits,
             readouts=[*(read_activations(each) for each in read or ()), *readings],
             abort_when=ends,
+            labels=labels_option(label or (), "--label"),
         ) as stream,
     ):
         if json:
@@ -210,7 +216,15 @@ def _write_lines(stream: GenerationStream) -> None:
 
 
 def _say_abort(stream: GenerationStream) -> None:
-    """Why the text is cut short, on standard error."""
+    """What monitors flagged, and why the text is cut short, on standard error."""
+    for flag in stream.flags:
+        if flag.action != "abort":
+            what = "flagged" if flag.action == "flag" else "steered"
+            typer.secho(
+                f"{what} by {flag.monitor}: {flag.score:.4g} at position {flag.position}",
+                fg="yellow",
+                err=True,
+            )
     abort = stream.abort
     if abort is not None:
         cause = abort.monitor or f"--abort-when {abort.condition}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glasshouse.cli.arguments import lines_of
+from glasshouse.cli.arguments import labels_option, lines_of
 from glasshouse.cli.connected import connected
 from glasshouse.cli.output import write_json, write_table
 from glasshouse.cli.publishing import plain
@@ -119,7 +119,7 @@ def create(
         positions=None if where is None else _positions(where),
         action=action,  # type: ignore[arg-type]
         keys=keys or (),
-        labels=_labels(labels or ()),
+        labels=labels_option(labels or (), "--request-label"),
         sampling_rate=sampling_rate,
         calibration=None if calibration is None else lines_of(calibration),
         webhook=None if webhook is None else Webhook(url=webhook, secret=secret),
@@ -350,14 +350,6 @@ def _feature(given: str) -> tuple[str, int]:
     if not dictionary or not index.isdecimal():
         raise typer.BadParameter(f"{given!r} is not DICTIONARY/INDEX", param_hint="--feature")
     return dictionary, int(index)
-
-
-def _labels(given: Iterable[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given]
-    for name, equals, _ in pairs:
-        if not (name and equals):
-            raise typer.BadParameter(f"{name!r} is not NAME=VALUE", param_hint="--request-label")
-    return {name: value for name, _, value in pairs}
 
 
 def _positions(given: str) -> Any:

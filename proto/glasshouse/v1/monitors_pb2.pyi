@@ -175,7 +175,7 @@ class MonitorSpec(_message.Message):
     @_builtins.property
     def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
         """Edits of MONITOR_ACTION_STEER, at least one: applied after the request's own, from the position fed next on, where
-        their selectors cover it; named positions only. Limit: 16, and 512 KiB in all.
+        their selectors cover it; named positions only. Without conditions. Limit: 16.
         """
 
     @_builtins.property
