@@ -9,6 +9,7 @@ import pytest
 
 from glasshouse import fable
 from glasshouse.server.models import revision
+from glasshouse.server.models.loading import load_model, outline_model
 from glasshouse.server.models.revision import revision_of
 
 
@@ -48,3 +49,9 @@ def test_of_a_file_too_large_to_be_read_whole(
 def test_of_a_hub_it_is_the_commit_and_of_nothing_it_is_empty(tmp_path: Path) -> None:
     assert revision_of(str(fable.model_path()), "abc123") == "abc123"
     assert revision_of(str(tmp_path)) == revision_of("") == revision_of("org/model") == ""
+
+
+def test_of_a_model_it_is_the_same_with_and_without_its_weights() -> None:
+    whole = load_model(fable.model_path(), name="fable")
+    outlined = outline_model(fable.model_path(), name="fable")
+    assert revision.revision_of_model(whole) == revision.revision_of_model(outlined) != ""

@@ -12,10 +12,18 @@ import hashlib
 from pathlib import Path
 from typing import IO
 
+from glasshouse.server.models.loaded import LoadedModel
+
 WHOLE_FILE_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 16
 _PIECES = 64
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+def revision_of_model(loaded: LoadedModel) -> str:
+    """Of a model in memory, its weights there or not: whichever engine serves it, the same."""
+    config = getattr(loaded.model, "config", None)
+    return revision_of(loaded.source, getattr(config, "_commit_hash", None))
 
 
 def revision_of(source: str, commit: str | None = None) -> str:

@@ -27,7 +27,7 @@ from glasshouse.server.engines.watching import RequestWatch, prepare_steering
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
-from glasshouse.server.models.revision import revision_of
+from glasshouse.server.models.revision import revision_of_model
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.readouts.score_columns import ColumnSource
 from glasshouse.server.types.conditions import FeatureColumn, ProbeColumn
@@ -119,9 +119,7 @@ class TransformersEngine(Engine):
             special_token_ids=loaded.special_token_ids,
             capabilities=CAPABILITIES,
             final_logit_softcap=loaded.family.final_logit_softcap,
-            revision=revision_of(
-                loaded.source, getattr(getattr(loaded.model, "config", None), "_commit_hash", None)
-            ),
+            revision=revision_of_model(loaded),
         )
         self._dictionaries = DictionaryStore(limits.max_dictionary_bytes)
         self._preparation = Preparation(

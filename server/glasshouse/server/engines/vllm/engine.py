@@ -36,6 +36,7 @@ from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.models import head
 from glasshouse.server.models.loaded import LoadedModel
 from glasshouse.server.models.loading import load_model, outline_model
+from glasshouse.server.models.revision import revision_of_model
 from glasshouse.server.models.tokenizer import TextCodec
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.readouts.score_columns import ColumnSource
@@ -175,6 +176,7 @@ class VllmEngine(Engine):
             special_token_ids=outlined.special_token_ids,
             capabilities=CAPABILITIES,
             final_logit_softcap=outlined.family.final_logit_softcap,
+            revision=revision_of_model(outlined),
         )
         self._dictionaries = DictionaryStore(self._limits.max_dictionary_bytes)
         self._dictionary_keys: dict[str, str] = {}
