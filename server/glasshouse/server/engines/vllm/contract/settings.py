@@ -12,7 +12,7 @@ from glasshouse.server.probes.served import ServedProbe
 
 # In the compile hash: raise it whenever what is traced into the model's graph changes, or an old artefact would run
 # unhooked.
-PLUGIN_VERSION = 1
+PLUGIN_VERSION = 2
 
 # Key of a request's packed plan in `SamplingParams.extra_args`, and of the settings in vLLM's `additional_config`.
 EXTRA_ARG = "glasshouse"
@@ -21,6 +21,10 @@ WORKER_CLASS = "glasshouse.server.engines.vllm.worker.worker.GlasshouseWorker"
 
 # Hook points of each block that this engine knows, without their `blocks.{L}.` prefix, in the order of the forward pass.
 SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+
+# What the MLP reads, where that is a norm's output: transcoders read it. Not every adapter has it.
+MLP_INPUT = "ln2.hook_out"
+HOOKED = (*SITES, MLP_INPUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ def engine_arguments(settings: WorkerSettings) -> dict[str, Any]:
     return {
         "worker_cls": WORKER_CLASS,
         "additional_config": {
-            EXTRA_ARG: {"plugin_version": PLUGIN_VERSION, "sites": list(SITES), "settings": asdict(settings)}
+            EXTRA_ARG: {"plugin_version": PLUGIN_VERSION, "sites": list(HOOKED), "settings": asdict(settings)}
         },
     }
 

@@ -19,14 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glasshouse.server.engines.vllm.contract.settings import MLP_INPUT
+
 from .junctions import Junction, PointTarget, reserve
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairLayout:
-    """A layer whose `mid_norm` is called with (what attention adds, the stream before it)."""
+    """A layer whose `mid_norm` is called with (what attention adds, the stream before it), and whose `mlp` reads what that
+    norm puts out.
+    """
 
     mid_norm: str
+    mlp: str = "mlp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +204,7 @@ def _attach_pair(
         torch.ops.glasshouse.junction_pair(args[0], args[1], middle)
 
     layer.get_submodule(layout.mid_norm).register_forward_pre_hook(mid_hook)
+    _before_mlp(builder, layer.get_submodule(layout.mlp), index)
     streams: list[tuple[str, PointTarget]] = [(name, "sum") for name in after]
     end = builder.add((f"blocks.{index}.hook_mlp_out", "x"), *streams)
 
@@ -206,6 +212,15 @@ def _attach_pair(
         torch.ops.glasshouse.junction_pair(output[0], output[1], end)
 
     layer.register_forward_hook(end_hook)
+
+
+def _before_mlp(builder: _Builder, mlp: nn.Module, index: int) -> None:
+    junction = builder.add((f"blocks.{index}.{MLP_INPUT}", "x"))
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        torch.ops.glasshouse.junction_one(_first_tensor(args, kwargs), junction)
+
+    mlp.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _attach_one(

@@ -19,8 +19,8 @@ import vllm
 from glasshouse.server.dictionaries.open import open_dictionaries
 from glasshouse.server.engines.vllm.contract.settings import (
     EXTRA_ARG,
+    HOOKED,
     PLUGIN_VERSION,
-    SITES,
     BootReport,
     WorkerSettings,
     dictionary_key,
@@ -46,7 +46,7 @@ class GlasshouseWorker(_Base):
         """Checks this vLLM, and adapts the runner."""
         runners.check_version(vllm.__version__)
         told = (self.vllm_config.additional_config or {}).get(EXTRA_ARG)
-        if not told or told.get("plugin_version") != PLUGIN_VERSION or tuple(told.get("sites", ())) != SITES:
+        if not told or told.get("plugin_version") != PLUGIN_VERSION or tuple(told.get("sites", ())) != HOOKED:
             # They are what keeps compiled artefacts of other versions apart.
             raise RuntimeError("vLLM was not started with glasshouse's `engine_arguments`")
         self._glasshouse_settings = WorkerSettings(**told["settings"])
