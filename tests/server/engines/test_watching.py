@@ -310,3 +310,28 @@ async def test_a_seeded_sample_is_the_same_watched_and_unwatched(engine: Any, an
     free = await answer(engine, text, max_tokens=20, sampling=sampling)
     seen = await answer(engine, text, max_tokens=20, sampling=sampling, watch=everyone(roster))
     assert seen.ids == free.ids and seen.logprobs == free.logprobs
+
+
+async def test_a_watch_that_fails_takes_no_request_along(engine: Any, answer: Any, ids: Any) -> None:
+    text, told = ids(PROMPTS[0]), []
+    free = await answer(engine, text, max_tokens=8, ignore_eos=True)
+
+    class Broken(ServedProbe):
+        """Works on prompts, and fails afterwards."""
+
+        def margins(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) == 1:
+                raise RuntimeError("broken")
+            return super().margins(x)
+
+    hidden = probe(3, LATE, hidden=4)
+    broken = Broken(facts=hidden.facts, layers=hidden.to("cpu").layers)
+    point = next(point for point in engine.hook_points if point.name == LATE)
+    roster = Roster(
+        [Watch(name="m", source=ProbeColumnSource(points=(point,), probe=broken, column=0), rule=rule())],
+        Noted(),
+        on_break=lambda roster, error: told.append(str(error)),
+    )
+    seen = await answer(engine, text, watch=everyone(roster), max_tokens=8, ignore_eos=True)
+    assert seen.ids == free.ids and seen.finished.reason is FinishReason.LENGTH
+    assert told == ["broken"] and roster.broken

@@ -96,7 +96,7 @@ class ScoreLog:
 
 class Roster:
     """A fixed list of watches. `report` takes sightings, from the engine's thread: it must not block. `on_failure` is told
-    of a watch that can no longer do what it is for, on the event loop.
+    of a watch that can no longer do what it is for, on the event loop; `on_break` of a defect, in the engine's thread.
     """
 
     def __init__(
@@ -105,11 +105,14 @@ class Roster:
         report: Callable[[Sequence[Sighting]], None],
         *,
         on_failure: Callable[[Watch, ServingError], None] = lambda watch, error: None,
+        on_break: Callable[[Roster, Exception], None] = lambda roster, error: None,
         max_logged: int = MAX_LOGGED,
     ) -> None:
         self.watches = tuple(watches)
         self.report = report
         self.on_failure = on_failure
+        self._on_break = on_break
+        self.broken = False
         self.columns = ScoreColumns([watch.source for watch in watches])
         self.rules = RuleBank([watch.rule for watch in watches])
         self.log = ScoreLog(max_logged)
@@ -122,6 +125,11 @@ class Roster:
 
     def __len__(self) -> int:
         return len(self.watches)
+
+    def breaks(self, error: Exception) -> None:
+        """Something in it failed: from now on it looks at nothing. The requests that it watches go on."""
+        self.broken = True
+        self._on_break(self, error)
 
 
 class RequestWatch:
@@ -260,8 +268,13 @@ class WatchedPass:
     def at(self, name: str, tensor: Any, *, may_change: bool) -> None:
         """A hook point ran; (B, T, W)."""
         for part in self._parts:
-            if name in part.roster.columns.at:
+            roster = part.roster
+            if roster.broken or name not in roster.columns.at:
+                continue
+            try:
                 part.scoring.at(name, tensor, may_change=may_change)
+            except Exception as error:
+                roster.breaks(error)
 
     def conclude_step(self, positions: Sequence[int], token_ids: Sequence[int]) -> bool:
         """Steps the rules over a pass of one generated token a row: `positions` and `token_ids` are the rows'. Returns
@@ -269,41 +282,60 @@ class WatchedPass:
         """
         changed = False
         for part in self._parts:
-            roster, scores_RM, use_RM = part.roster, part.scoring.scores()[:, 0], part.base_RM
-            everyone = part.everyone
-            if not roster.skip_token_ids.isdisjoint(token_ids):
-                skipped = np.array([token_ids[row] in roster.skip_token_ids for row in part.rows])
-                use_RM = use_RM & ~(skipped[:, None] & roster.skips_M)
-                everyone = False
-            for column in roster.columns.pooled:
-                for place in np.flatnonzero(use_RM[:, column]):
-                    self._pool(part, int(place), column, np.ones(1, dtype=bool), scores_RM[place : place + 1])
-            roster.log.add(scores_RM, use_RM)
-            crossings = roster.rules.step(part.slots_R, scores_RM, None if everyone else use_RM)
-            if crossings:
-                places = [(part.watches[crossing.place], crossing) for crossing in crossings]
-                rows = [part.rows[crossing.place] for crossing in crossings]
-                changed |= _follow(roster, [(*seen, positions[row]) for seen, row in zip(places, rows)])
+            if not part.roster.broken:
+                try:
+                    changed |= self._step(part, positions, token_ids)
+                except Exception as error:
+                    part.roster.breaks(error)
         return changed
 
     def conclude_prompts(self, spans: Sequence[Span]) -> None:
         """Steps the rules over the prompts' positions in `spans`, one a row. Edits take force with the next pass."""
         for part in self._parts:
-            roster, scores_RTM = part.roster, part.scoring.scores()
-            for place, (row, watch) in enumerate(zip(part.rows, part.watches, strict=True)):
-                span = spans[row]
-                n_fed = len(span.token_ids)
-                scores_TM = scores_RTM[place, :n_fed]
-                use_TM = np.broadcast_to(watch.watched_M & roster.on_prompt_M, scores_TM.shape)
-                if roster.skip_token_ids:
-                    skipped = np.array([token in roster.skip_token_ids for token in span.token_ids])
-                    use_TM = use_TM & ~(skipped[:, None] & roster.skips_M)
-                for column in roster.columns.pooled:
-                    if use_TM[:, column].any():
-                        self._pool(part, place, column, use_TM[:, column], scores_TM)
-                roster.log.add(scores_TM, use_TM)
-                crossings = roster.rules.run(watch.slot, scores_TM, use_TM)
-                _follow(roster, [(watch, crossing, span.start + crossing.place) for crossing in crossings])
+            if not part.roster.broken:
+                try:
+                    self._run(part, spans)
+                except Exception as error:
+                    part.roster.breaks(error)
+
+    def _step(self, part: _Part, positions: Sequence[int], token_ids: Sequence[int]) -> bool:
+        roster, scores_RM, use_RM = part.roster, part.scoring.scores()[:, 0], part.base_RM
+        everyone = part.everyone
+        if not roster.skip_token_ids.isdisjoint(token_ids):
+            skipped = np.array([token_ids[row] in roster.skip_token_ids for row in part.rows])
+            use_RM = use_RM & ~(skipped[:, None] & roster.skips_M)
+            everyone = False
+        for column in roster.columns.pooled:
+            for place in np.flatnonzero(use_RM[:, column]):
+                self._pool(part, int(place), column, np.ones(1, dtype=bool), scores_RM[place : place + 1])
+        roster.log.add(scores_RM, use_RM)
+        crossings = roster.rules.step(part.slots_R, scores_RM, None if everyone else use_RM)
+        if not crossings:
+            return False
+        return _follow(
+            roster,
+            [
+                (part.watches[crossing.place], crossing, positions[part.rows[crossing.place]])
+                for crossing in crossings
+            ],
+        )
+
+    def _run(self, part: _Part, spans: Sequence[Span]) -> None:
+        roster, scores_RTM = part.roster, part.scoring.scores()
+        for place, (row, watch) in enumerate(zip(part.rows, part.watches, strict=True)):
+            span = spans[row]
+            n_fed = len(span.token_ids)
+            scores_TM = scores_RTM[place, :n_fed]
+            use_TM = np.broadcast_to(watch.watched_M & roster.on_prompt_M, scores_TM.shape)
+            if roster.skip_token_ids:
+                skipped = np.array([token in roster.skip_token_ids for token in span.token_ids], dtype=bool)
+                use_TM = use_TM & ~(skipped[:, None] & roster.skips_M)
+            for column in roster.columns.pooled:
+                if use_TM[:, column].any():
+                    self._pool(part, place, column, use_TM[:, column], scores_TM)
+            roster.log.add(scores_TM, use_TM)
+            crossings = roster.rules.run(watch.slot, scores_TM, use_TM)
+            _follow(roster, [(watch, crossing, span.start + crossing.place) for crossing in crossings])
 
     @staticmethod
     def _pool(part: _Part, place: int, column: int, chosen_T: Masks, scores_TM: Floats) -> None:

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 import structlog
 
 from glasshouse.server.engines.engine import Engine
-from glasshouse.server.engines.watching import RequestWatch, Sighting, Watch
+from glasshouse.server.engines.watching import RequestWatch, Roster, Sighting, Watch
 from glasshouse.server.monitors import storage
 from glasshouse.server.monitors.events import MAX_TEXT, Event, EventBus, new_id, to_log
 from glasshouse.server.monitors.recorder import EventRecorder
@@ -49,6 +49,7 @@ from glasshouse.server.types.configuration import MonitorSettings
 from glasshouse.server.types.errors import (
     AlreadyExists,
     FailedPrecondition,
+    Internal,
     NotFound,
     ResourceExhausted,
     ServingError,
@@ -206,7 +207,23 @@ class MonitorRoom:
 
     def _put_roster(self, model: str) -> None:
         running = [monitor for monitor in self.all(model) if monitor.watch is not None]
-        self._rosters.put(model, running, self._report, self._fail)
+        self._rosters.put(model, running, self._report, self._fail, self._break)
+
+    def _break(self, roster: Roster, error: Exception) -> None:
+        """In the engine's thread: a roster met a defect. Which of its monitors it was is not known."""
+        _log.error("monitors_broken", exc_info=error)
+        failure = Internal(
+            f"it met a defect ({type(error).__name__}); the server's log has it",
+            reason=reasons.DEFECT,
+            remedy="report it",
+        )
+
+        def give_up() -> None:
+            for watch in roster.watches:
+                self._fail(watch, failure)
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(give_up)
 
     def _fail(self, watch: Watch, error: ServingError) -> None:
         """A monitor that ran cannot do what it is for any more."""

@@ -139,6 +139,7 @@ class Rosters:
         monitors: Sequence[Monitor],
         report: Callable[[Sequence[Sighting]], None],
         on_failure: Callable[[Watch, ServingError], None],
+        on_break: Callable[[Roster, Exception], None],
     ) -> None:
         """Makes `monitors`, those that run, the ones that requests of `model` are watched by from now on."""
         old = self._now.pop(model, None)
@@ -149,7 +150,12 @@ class Rosters:
         filters = [monitor.published.spec.filter for monitor in monitors]
         watches = [monitor.watch for monitor in monitors]
         self._now[model] = _Running(
-            roster=Roster([watch for watch in watches if watch is not None], report, on_failure=on_failure),
+            roster=Roster(
+                [watch for watch in watches if watch is not None],
+                report,
+                on_failure=on_failure,
+                on_break=on_break,
+            ),
             monitors=tuple(monitors),
             unfiltered=all(
                 not chosen.keys and not chosen.labels and chosen.sampling_rate >= 1.0 for chosen in filters
