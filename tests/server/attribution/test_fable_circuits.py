@@ -18,13 +18,14 @@ from torch import Tensor
 
 from glasshouse import fable
 from glasshouse.server.attribution.attribution_graph import AttributionGraph, LogitTarget, trace_graph
+from glasshouse.server.attribution.attribution_patching import attribution_patch, verify
 from glasshouse.server.attribution.circuits import Circuit, discover_circuit
 from glasshouse.server.attribution.edge_attribution import attribute_edges
 from glasshouse.server.attribution.edge_patching import forward_with_edges
 from glasshouse.server.attribution.feature_interventions import FeatureSetting, intervene
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.local_model import LocalModel, logit_vectors
-from glasshouse.server.attribution.metrics import KLDivergence
+from glasshouse.server.attribution.metrics import KLDivergence, LogitDifference
 from glasshouse.server.attribution.transcoders import Transcoders
 from glasshouse.server.attribution.wiring import Wiring
 from glasshouse.server.dictionaries.open import open_dictionary
@@ -238,3 +239,18 @@ def test_all_three_agree_on_the_mlps(
     print(behaviour.name, "MLPs: ACDC", mlps[0], "EAP-IG", mlps[1], "graph", best, weight.tolist())
     for other in (mlps[1], best):
         assert len(mlps[0] & other) / len(mlps[0] | other) >= 0.6
+
+
+def test_attribution_patching_ranks_heads_as_patching_does(
+    model: GradientModel, behaviour: Behaviour
+) -> None:
+    """Every head's z and MLP at every position, of one pair: AtP beside exact patches."""
+    clean, corrupt = behaviour.clean[0], behaviour.corrupt[0]
+    right = int(behaviour.right[0])
+    foils = tuple(c for i, c in enumerate(behaviour.candidates) if i != right)
+    metric = LogitDifference(targets=(behaviour.candidates[right],), foils=foils)
+    components = ["attn.hook_z", "hook_mlp_out"]
+    scores = attribution_patch(model, clean, corrupt, metric, components=components)
+    found = verify(model, clean, corrupt, metric, scores, top=100)
+    print(behaviour.name, "AtP, rank correlation of the 100 largest", found.rank_correlation)
+    assert found.rank_correlation > 0.8
