@@ -155,6 +155,11 @@ class Hooks:
         """Whether any of these requests is hooked."""
         return bool(self._requests) and any(req_id in self._requests for req_id in req_ids)
 
+    def is_edited(self, req_id: str) -> bool:
+        """Whether a request has edits."""
+        request = self._requests.get(req_id)
+        return request is not None and bool(request.slots or request.feature_edits or request.conditional)
+
     def prepare(self, batch: StepBatch) -> None:
         """Plans the forward pass that comes now."""
         try:

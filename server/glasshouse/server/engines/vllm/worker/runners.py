@@ -18,6 +18,7 @@ import numpy as np
 
 from glasshouse.server.engines.vllm.contract.settings import EXTRA_ARG
 
+from .cleansing import cleanse_v1
 from .hooks import Hooks, StepBatch
 
 # Minor versions whose runners were read and, on a CPU, run.
@@ -119,7 +120,10 @@ class HookedV1(_Hooked):
             return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
         self._glasshouse_begin(hooks, scheduler_output)
         try:
-            return super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+            output = super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
+            if self._glasshouse_step:
+                cleanse_v1(self, scheduler_output, hooks.is_edited)
+            return output
         finally:
             hooks.finish()
 
