@@ -141,6 +141,20 @@ def test_a_name_means_its_latest_version_whoever_published_it(registry: Registry
     assert theirs.direction(named("d")).origin.name.endswith("@1")
 
 
+def test_late_news_of_a_known_version_lets_nothing_go(registry: Registry) -> None:
+    library = ConceptLibrary(registry)
+    put(library, "d", 1.0)
+    put(library, "d", 2.0)
+    library.direction(named("d"))
+    _, records = registry.changes_since(0)
+    library._take(records)
+    assert library.held(named("d")) is not None, "it is still known which version is the latest"
+    library._take(registry.delete(named("d", 1)))
+    assert library.held(named("d")) is not None
+    library._take(registry.delete(named("d", 2)))
+    assert library.held(named("d")) is None
+
+
 def test_a_change_during_a_look_up_is_not_missed(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     library = ConceptLibrary(registry)
     put(library, "d", 1.0)

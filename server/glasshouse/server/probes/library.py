@@ -240,7 +240,7 @@ class ConceptLibrary:
             if error.field in ("name", "version"):
                 error.at("publication")
             raise
-        self._forget(_name(record.reference))
+        self._take((record,))
         return record
 
     def delete(self, reference: Reference, *, field: str = "name") -> tuple[Record, ...]:
@@ -258,19 +258,19 @@ class ConceptLibrary:
         return deleted
 
     def _take(self, records: Sequence[Record]) -> None:
-        """What was published or deleted, here or elsewhere."""
+        """What was published or deleted, here or elsewhere; a change may come more than once."""
         for record in records:
-            self._forget(_name(record.reference))
-            if record.deleted is not None:
-                with self._lock:
+            name = _name(record.reference)
+            if record.reference.kind is Kind.FEATURE_LABELS:
+                self.feature_names.forget()
+            with self._lock:
+                self._changes += 1
+                if record.deleted is not None:
                     self._held.pop(record.reference, None)
-
-    def _forget(self, name: Name) -> None:
-        if name[0] is Kind.FEATURE_LABELS:
-            self.feature_names.forget()
-        with self._lock:
-            self._changes += 1
-            self._latest.pop(name, None)
+                # News of a version that is known changes nothing: what is held stays, should the database go away.
+                known = self._latest.get(name, 0)
+                if known < record.version or (record.deleted is not None and known == record.version):
+                    self._latest.pop(name, None)
 
     def _sweep(self) -> None:
         """Removes, now and then, the tensors that nothing names."""
