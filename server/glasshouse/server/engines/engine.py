@@ -36,6 +36,19 @@ from glasshouse.wire import reasons
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineCounts:
+    """What an engine with workers of its own counts: edit slots in use now, and since the start steps in which workers ran
+    edits or readouts, bytes of their reports, tokens that waited for one, and requests that a worker failed.
+    """
+
+    edit_slots: int = 0
+    hooked_steps: int = 0
+    report_bytes: int = 0
+    joins_late: int = 0
+    captures_failed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStatus:
     """A reading of the engine, for metrics and for deciding on admission."""
 
@@ -43,6 +56,7 @@ class EngineStatus:
     queued: int
     healthy: bool
     reason: str = ""
+    counts: EngineCounts = EngineCounts()
 
 
 class Engine(ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -51,9 +51,15 @@ class Distribution:
 class Metrics(Collector):
     """What the server counts. `methods` are the only values that the label `method` takes."""
 
-    def __init__(self, methods: Iterable[str], queue_depth: Callable[[], int] = lambda: 0) -> None:
+    def __init__(
+        self,
+        methods: Iterable[str],
+        queue_depth: Callable[[], int] = lambda: 0,
+        engine_counts: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
         self._methods = frozenset(methods)
         self._queue_depth = queue_depth
+        self._engine_counts = engine_counts
         self._requests: Counter[tuple[str, str]] = Counter()
         self._interventions: Counter[str] = Counter()
         self._request_seconds = Distribution(REQUEST_BUCKETS_S)
@@ -111,6 +117,19 @@ class Metrics(Collector):
         self._requests[method, code] += 1
         self._request_seconds.observe(seconds)
 
+    def _of_engines(self) -> Iterable[Metric]:
+        counts = self._engine_counts()
+        yield GaugeMetricFamily(
+            "glasshouse_edit_slots", "Edit slots in use in workers.", value=counts.get("edit_slots", 0)
+        )
+        for name, text in (
+            ("hooked_steps", "Steps in which workers ran edits or readouts."),
+            ("report_bytes", "Bytes of workers' reports."),
+            ("joins_late", "Tokens that waited for what was read before them."),
+            ("captures_failed", "Requests that a worker failed, or whose report did not come."),
+        ):
+            yield CounterMetricFamily(f"glasshouse_{name}", text, value=counts.get(name, 0))
+
     def collect(self) -> Iterable[Metric]:
         """Every metric of the contract, in its order."""
         requests = CounterMetricFamily(
@@ -143,6 +162,7 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "glasshouse_queue_depth", "Requests waiting for the engine.", value=self._queue_depth()
         )
+        yield from self._of_engines()
         interventions = CounterMetricFamily(
             "glasshouse_interventions", "Interventions of accepted requests, by edit.", labels=["edit"]
         )

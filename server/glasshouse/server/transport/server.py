@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +77,7 @@ class Server:
         self._engines: tuple[Engine, ...] = ()
         self._running: _Running | None = None
         self._health: Any = HealthServicer()
-        self.metrics = Metrics((method.name for method in METHODS), self._queue_depth)
+        self.metrics = Metrics((method.name for method in METHODS), self._queue_depth, self._engine_counts)
         self._server = grpc.aio.server(options=_options(settings))
         self.address = self._bind(parse_address(settings.server.listen))
 
@@ -182,6 +184,12 @@ class Server:
 
     def _queue_depth(self) -> int:
         return sum(engine.status().queued for engine in self._engines)
+
+    def _engine_counts(self) -> Mapping[str, int]:
+        total: Counter[str] = Counter()
+        for engine in self._engines:
+            total.update(dataclasses.asdict(engine.status().counts))
+        return total
 
     def _healthy(self) -> bool:
         return all(engine.status().healthy for engine in self._engines)

@@ -27,7 +27,7 @@ from glasshouse.server.dictionaries.store import DictionaryStore, HeldDictionary
 from glasshouse.server.engines import dictionaries as loading
 from glasshouse.server.engines import watch_sources
 from glasshouse.server.engines.concepts import Concepts, look_up
-from glasshouse.server.engines.engine import Engine, EngineStatus
+from glasshouse.server.engines.engine import Engine, EngineCounts, EngineStatus
 from glasshouse.server.engines.preparation import Preparation
 from glasshouse.server.engines.transcript import Ending, Transcript
 from glasshouse.server.engines.watching import RequestWatch
@@ -243,6 +243,13 @@ class VllmEngine(Engine):
             queued=self._gate.n_queued,
             healthy=self._llm is not None and not self._stopping and not self._failure,
             reason=self._failure,
+            counts=EngineCounts(
+                edit_slots=self._slots.edits_in_use,
+                hooked_steps=self._statistics.hooked_steps,
+                report_bytes=self._statistics.report_bytes,
+                joins_late=self._statistics.joins_late,
+                captures_failed=self._statistics.captures_failed,
+            ),
         )
 
     @property
