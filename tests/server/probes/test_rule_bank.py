@@ -91,3 +91,32 @@ def test_slots_start_anew_and_are_found_again() -> None:
     assert bank.take() == taken[0]
     assert not bank.step(np.array(taken[:1]), np.array([[math.nan]]), one)
     assert bank.step(np.array(taken[:1]), np.array([[0.9]]), one)[0].raised
+
+
+@pytest.mark.parametrize("bar", [0.7, 0.9])
+def test_largest_scores_alone_may_wait(bar: float) -> None:
+    """Rules of largest scores, unmasked, as most monitors are: what was put off is not forgotten."""
+    ours = [Rule(aggregation=Aggregation.MAX, on_above=bar, off_below=bar / 2)] * 3
+    bank = RuleBank(ours)
+    every = [np.array([bank.take() for _ in range(4)]), np.array([bank.take() for _ in range(2)])]
+    states = {int(slot): [START] * 3 for slots in every for slot in slots}
+    n_crossings = 0
+    for index, scored in enumerate(scores(400, 4, 3, seed=9)):
+        # Batches change, and change back.
+        slots = every[(index // 150) % 2]
+        scored = scored[: len(slots)] * 0.999 if index < 300 else scored[: len(slots)]
+        found = {(c.place, c.rule): c for c in bank.step(slots, scored)}
+        n_crossings += len(found)
+        for b, slot in enumerate(slots):
+            for m, rule in enumerate(ours):
+                state, change = step(rule, states[int(slot)][m], float(scored[b, m]))
+                states[int(slot)][m] = state
+                crossing = found.pop((b, m), None)
+                assert (crossing is None) == (change is Change.NONE)
+                if crossing is not None:
+                    assert crossing.aggregate == state.value
+        assert not found
+    assert n_crossings
+    slot = int(every[0][0])
+    bank.run(slot, np.full((1, 3), np.nan), np.ones((1, 3), dtype=bool))
+    assert bank._value_SM[slot].tolist() == [state.value for state in states[slot]]

@@ -24,6 +24,7 @@ Masks = np.ndarray[Any, np.dtype[np.bool_]]
 Slots = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 _FIRST_SLOTS = 64
+_MOST_PENDING = 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class RuleBank:
         self._free: list[int] = []
         # Of the last step, not yet put back: the next one is nearly always of the same requests.
         self._held: tuple[Slots, Floats, np.ndarray[Any, Any]] | None = None
+        # Scores of the held requests that no largest one has been made of yet.
+        self._pending: list[Floats] = []
+        self._lazy = self._only is Aggregation.MAX and not self._waits
         # How many states are on.
         self._n_on = 0
 
@@ -106,6 +110,14 @@ class RuleBank:
         if self._held is None or self._held[0] is not slots_B:
             self._put_back()
             self._held = slots_B, self._value_SM[slots_B], self._n_SM[slots_B]
+        waits = self._lazy and mask_BM is None and not self._n_on
+        # Below every threshold a largest score is of no interest until one is passed.
+        if waits and not (scores_BM > self._on_above_M).any():
+            self._pending.append(scores_BM)
+            if len(self._pending) == _MOST_PENDING:
+                self._fold()
+            return []
+        self._fold()
         _, before, n = self._held
         if mask_BM is None and np.isfinite(scores_BM).all():
             use, scores = None, scores_BM
@@ -197,7 +209,15 @@ class RuleBank:
             self._on_SM[slot, rule] = on
         return crossings
 
+    def _fold(self) -> None:
+        if self._pending and self._held is not None:
+            slots_B, value, n = self._held
+            # What is not finite here is NaN or minus infinity, neither of which is the larger.
+            self._held = slots_B, np.fmax.reduce([value, *self._pending]), n
+        self._pending.clear()
+
     def _put_back(self) -> None:
+        self._fold()
         if self._held is not None:
             slots_B, value, n = self._held
             self._value_SM[slots_B], self._n_SM[slots_B] = value, n

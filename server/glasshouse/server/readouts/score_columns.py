@@ -8,7 +8,7 @@ Legend: B rows of a pass, T columns of it, M scored columns, W the width of a ho
    the edits there.
 3. A decoding step has few rows, and many small products cost more than a large one: there all affine probes of all
    hook points wait for the end of the pass and are scored in one.
-4. After the pass all scores go to the host together, (rows, T, M) float64.
+4. After the pass all scores go to the host together, (rows, T, M).
 
 A probe that pools over positions (mean, max) needs to know which positions count, and what came before: its activations
 are kept to the end of the pass and pooled row by row.
@@ -31,7 +31,7 @@ from glasshouse.server.probes.served import ProbeBank, ServedProbe
 from glasshouse.server.types.conditions import ProbeOutput
 from glasshouse.server.types.hook_points import HookPoint
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+Floats = np.ndarray[Any, np.dtype[Any]]
 Masks = np.ndarray[Any, np.dtype[np.bool_]]
 
 # Activations (N, W) at each of a group's hook points -> scores (N, its columns).
@@ -259,7 +259,7 @@ class ScorePass:
         return whole
 
     def _host(self, scores_NC: Tensor) -> Floats:
-        host: Floats = scores_NC.cpu().numpy().astype(np.float64)
+        host: Floats = scores_NC.cpu().numpy()
         return host.reshape(self.n_rows, self._width, -1)
 
     def pooled(self, place: int, column: int, chosen_T: Masks, pools: dict[int, RunningPool]) -> Floats:
