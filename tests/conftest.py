@@ -23,5 +23,5 @@ if "GLASSHOUSE_DATA" not in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`: a file is a group of its own, and all that starts vLLM is one, for one lives at a time."""
     for item in items:
-        starts_vllm = "vllm-" in item.name or VLLM_TESTS in item.path.parents
+        starts_vllm = "vllm-" in item.name or "vllm" in item.path.name or VLLM_TESTS in item.path.parents
         item.add_marker(pytest.mark.xdist_group("vllm" if starts_vllm else str(item.path)))

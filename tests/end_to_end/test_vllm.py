@@ -1,0 +1,139 @@
+"""The vLLM engine behind a real server: the same client gets the same answers, and its death is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glasshouse.client import (
+    Client,
+    FailedPreconditionError,
+    GenerationResult,
+    Intervention,
+    UnavailableError,
+    ablate_direction,
+    add_vector,
+    generated,
+    read_activations,
+    read_features,
+    read_logit_lens,
+)
+from glasshouse.tour.server_process import ServerProcess
+
+from ..oracles.vllm_engines import require
+from .conftest import HOOK_POINT, PROMPT, read_metric, until
+
+
+@pytest.fixture(scope="module")
+def vllm_server() -> Iterator[ServerProcess]:
+    require()
+    arguments = (
+        "--listen",
+        "127.0.0.1:0",
+        "--metrics",
+        "127.0.0.1:0",
+        "--registry",
+        "memory",
+        "--threads",
+        "1",
+    )
+    with ServerProcess(
+        *arguments, "--engine", "vllm", "--vllm", "enforce_eager=true", timeout_s=240.0
+    ) as process:
+        yield process
+
+
+def answers(target: str, vectors: np.ndarray) -> list[GenerationResult]:
+    treatments: list[list[Intervention]] = [
+        [],
+        [add_vector(HOOK_POINT, vectors[0])],
+        [
+            add_vector("blocks.1.hook_mlp_out", vectors[1] * 0.1, positions=generated()),
+            ablate_direction(HOOK_POINT, vectors[2]),
+        ],
+    ]
+    with Client(target) as client:
+        model = client.model()
+        return [
+            model.generate(
+                PROMPT,
+                max_tokens=16,
+                temperature=0.0,
+                ignore_eos=True,
+                interventions=treatment,
+                readouts=[
+                    read_activations(HOOK_POINT),
+                    read_features("resid-post-3", top_k=4),
+                    read_logit_lens("blocks.5.hook_resid_post", top_k=2),
+                ],
+            ).result()
+            for treatment in treatments
+        ]
+
+
+def test_the_same_answers_as_the_other_engine(
+    server: ServerProcess, vllm_server: ServerProcess, vectors: np.ndarray
+) -> None:
+    for ours, theirs in zip(
+        answers(vllm_server.target, vectors), answers(server.target, vectors), strict=True
+    ):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.text == theirs.text
+        assert ours.receipt == theirs.receipt
+        for mine, other in zip(ours.tokens, theirs.tokens, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+            found, expected = mine.activations[HOOK_POINT], other.activations[HOOK_POINT]
+            np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
+    assert read_metric(vllm_server, "glasshouse_hooked_steps_total") > 0
+    until(lambda: read_metric(vllm_server, "glasshouse_edit_slots") == 0)
+
+
+def test_what_is_not_reached_is_refused_by_name(vllm_server: ServerProcess) -> None:
+    with Client(vllm_server.target) as client:
+        model = client.model()
+        assert model.info.name == "fable"
+        points = {point.name: point for point in model.hook_points()}
+        assert points[HOOK_POINT].writable
+        assert not points["blocks.3.attn.hook_q"].readable
+        with pytest.raises(FailedPreconditionError) as caught:
+            model.activations("Hello", hook_points="blocks.3.attn.hook_q")
+        assert caught.value.reason == "HOOK_POINT_NOT_READABLE"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker in /proc")
+def test_a_dead_engine_is_told(vllm_server: ServerProcess) -> None:
+    """The last test of this server: it ends it."""
+    with Client(vllm_server.target) as client:
+        model = client.model()
+        stream = model.generate(PROMPT, max_tokens=400, ignore_eos=True, seed=1)
+        next(stream)
+        for pid in _workers(vllm_server.pid):
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(UnavailableError):
+            list(stream)
+        with pytest.raises(UnavailableError) as caught:
+            model.generate(PROMPT, max_tokens=2, seed=1).result()
+        assert caught.value.reason == "ENGINE_STOPPED"
+        assert "vLLM" in str(caught.value)
+        assert caught.value.remedy
+    vllm_server.kill()
+
+
+def _workers(pid: int) -> list[int]:
+    """Processes below the server's."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(path.parent.name)] = int(fields[1])
+    below = {pid}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
+    return sorted(below - {pid}, reverse=True)
