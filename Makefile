@@ -25,7 +25,7 @@ serve: $(SERVING) ## Serve the embedded model on localhost:50051
 vllm: $(VLLM) ## The vLLM engine, for a machine without a GPU
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto
 
 bench: $(READY) ## Measure the bars; results also in .bench/results.json
 	$(BIN)/python -m tests.bench

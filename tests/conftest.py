@@ -6,11 +6,10 @@ import atexit
 import os
 import shutil
 import tempfile
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-VLLM_TESTS = Path(__file__).parent / "vllm"
+from xdist.scheduler import LoadFileScheduling
 
 # As `glasshouse serve` does; read when NumPy loads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -19,9 +18,14 @@ if "GLASSHOUSE_DATA" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["GLASSHOUSE_DATA"], ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`: a file is a group of its own, and all that starts vLLM is one, for one lives at a time."""
-    for item in items:
-        starts_vllm = "vllm-" in item.name or "vllm" in item.path.name or VLLM_TESTS in item.path.parents
-        item.add_marker(pytest.mark.xdist_group("vllm" if starts_vllm else str(item.path)))
+class OneVllmAtATime(LoadFileScheduling):
+    """A file's tests run in one process, and all that start vLLM in one: it takes the whole machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, name = nodeid.partition("::")
+        return "vllm" if "vllm" in path or "vllm-" in name else path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneVllmAtATime:
+    return OneVllmAtATime(config, log)
