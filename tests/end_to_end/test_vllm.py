@@ -7,8 +7,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from glasshouse.client import (
     Client,
@@ -112,6 +114,7 @@ def test_a_dead_engine_is_told(vllm_server: ServerProcess) -> None:
         model = client.model()
         stream = model.generate(PROMPT, max_tokens=400, ignore_eos=True, seed=1)
         next(stream)
+        assert serving(vllm_server.target)
         for pid in _workers(vllm_server.pid):
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(UnavailableError):
@@ -121,7 +124,19 @@ def test_a_dead_engine_is_told(vllm_server: ServerProcess) -> None:
         assert caught.value.reason == "ENGINE_STOPPED"
         assert "vLLM" in str(caught.value)
         assert caught.value.remedy
+    until(lambda: not serving(vllm_server.target))
     vllm_server.kill()
+
+
+def serving(target: str) -> bool:
+    """What gRPC's health service says of the whole server."""
+    with grpc.insecure_channel(target) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10.0)
+    assert answer.status in (
+        health_pb2.HealthCheckResponse.SERVING,
+        health_pb2.HealthCheckResponse.NOT_SERVING,
+    )
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _workers(pid: int) -> list[int]:

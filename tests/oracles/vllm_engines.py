@@ -132,12 +132,12 @@ class Elsewhere:
 
 
 def require() -> None:
-    """Skips the test where vLLM is not installed, or fails it where it must be."""
+    """Skips the test, or the module that calls it, where vLLM is not installed; fails it where it must be."""
     if importlib.util.find_spec("vllm"):
         return
     if os.environ.get(REQUIRED):
         pytest.fail(f"vLLM is not installed, and {REQUIRED} says that it must be")
-    pytest.skip("vLLM is not installed")
+    pytest.skip("vLLM is not installed", allow_module_level=True)
 
 
 async def started(vllm: VllmSettings, **rest: Any) -> Engine:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.oracles.vllm_engines import require
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,7 +22,7 @@ from glasshouse.server.types.hook_points import HookPoint
 
 from .harness import Ask, run_vllm
 
-pytest.importorskip("vllm")
+require()
 pytestmark = pytest.mark.timeout(300)
 
 N_NEW = 6

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.oracles.plain_hooks import Oracle
 from tests.oracles.treatments import N_TOKENS, PROMPTS, READ, hooked, treatments
+from tests.oracles.vllm_engines import require
 
 from glasshouse import fable
 from glasshouse.server.dictionaries.open import open_dictionaries
@@ -29,7 +30,7 @@ from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, Read
 
 from .harness import Answered, Ask, Session, run_vllm
 
-pytest.importorskip("vllm")
+require()
 pytestmark = pytest.mark.timeout(600)
 
 SAE = "resid-post-3"
