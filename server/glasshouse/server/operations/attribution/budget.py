@@ -17,13 +17,16 @@ from glasshouse.wire import reasons
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """`passes`: forward passes, or rows of backward passes. `size`: nodes or edges at most."""
+    """`passes`: forward passes, or rows of backward passes. `size`: nodes or edges at most. `stored_bytes`: of the
+    result.
+    """
 
     memory_bytes: int
     seconds: float
     passes: int
     size: int
     active_features: int = 0
+    stored_bytes: int = 0
 
 
 def check(estimate: Estimate, settings: AttributionSettings, *, seconds: float | None = None) -> None:

@@ -31,6 +31,8 @@ from glasshouse.server.dictionaries.dictionary import Dictionary
 from .budget import Estimate
 
 DEFAULT_BATCH = 64
+# A stored edge: target, source, weight.
+_EDGE_BYTES = 12
 HELD_FIXED = (
     "Attention patterns and the scales of all norms are held at the prompt's own; what MLPs write is taken apart into "
     "transcoder features and an error, which do not respond to one another but through the edges."
@@ -74,6 +76,7 @@ def estimate_graph(model: GradientModel, asked: GraphRequest) -> Estimate:
         passes=costs.n_rows,
         size=min(asked.max_features, costs.n_features) + (local.n_sources - costs.n_features) + n_logits,
         active_features=costs.n_features,
+        stored_bytes=_EDGE_BYTES * costs.n_edges,
     )
 
 

@@ -120,34 +120,23 @@ class Lane:
             self._pending -= 1
 
     async def iterate(self, work: Work[Iterator[T]], ticket: Ticket | None = None) -> AsyncGenerator[T, None]:
-        """What `work` yields, as it does. It is never held up by a slow reader: items must be few or small."""
+        """What `work` yields, each item when it is asked for. Others take turns between two items, so that a long
+        iteration holds up nobody, and one whose reader is slow takes no turns. Of a lane of one thread: that is where
+        the iterator lives.
+        """
+        assert self._n_threads == 1
         ticket = ticket or Ticket()
         self._admit()
         loop = asyncio.get_running_loop()
-        items: asyncio.Queue[tuple[T] | None] = asyncio.Queue()
-
-        def put(item: tuple[T] | None) -> None:
-            loop.call_soon_threadsafe(items.put_nowait, item)
-
-        def consume(ticket: Ticket) -> None:
-            try:
-                for item in work(ticket):
-                    put((item,))
-                    ticket.check()
-            finally:
-                put(None)
-
         self._tickets.add(ticket)
-        done = loop.run_in_executor(self._pool, self._in_thread, consume, ticket)
         try:
-            while (item := await items.get()) is not None:
+            items = await loop.run_in_executor(self._pool, self._in_thread, work, ticket)
+            while (item := await loop.run_in_executor(self._pool, _next, items, ticket)) is not None:
                 yield item[0]
-            await done
         except Stopped:
             raise _stopped() from None
         finally:
             ticket.stop()
-            done.cancel()
             self._tickets.discard(ticket)
             self._pending -= 1
 
@@ -181,6 +170,14 @@ class Lane:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._settings.niceness)
             except OSError as error:
                 _log.info("attribution_priority", lane=self._name, error=str(error))
+
+
+def _next(items: Iterator[T], ticket: Ticket) -> tuple[T] | None:
+    """The next item, boxed; None at the end."""
+    ticket.check()
+    for item in items:
+        return (item,)
+    return None
 
 
 def _stopped() -> Unavailable:

@@ -144,7 +144,7 @@ class Graphs:
     def check(self, estimate: Estimate) -> None:
         """Refuses a trace over the budget, or whose result would not fit on the disk."""
         budget.check(estimate, self._office.settings)
-        self._office.results.check_room(0)
+        self._office.results.check_room(estimate.stored_bytes)
 
     async def get(
         self, request: stored_pb.GetAttributionGraphRequest
