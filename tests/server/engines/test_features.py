@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from glasshouse.server.dictionaries.architectures.jumprelu import JumpReLU
-from glasshouse.server.dictionaries.architectures.standard import ReLU
-from glasshouse.server.dictionaries.architectures.topk import TopK
-from glasshouse.server.dictionaries.linear import LinearDictionary
-from glasshouse.server.dictionaries.parameters import DecoderBlock, DictionaryParameters, EncoderBlock
-from glasshouse.server.dictionaries.store import HeldDictionary
+from glasshouse.server.dictionaries.formats.glasshouse import Recipe, save_dictionary
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument, NotFound, ServingError
 from glasshouse.server.types.interventions import AddVector, Intervention, ScaleFeatures, SetFeatures
 from glasshouse.server.types.readouts import ReadFeatures
 from glasshouse.server.types.selectors import NamedPositions, Selector
 from glasshouse.wire import reasons
+
+from ...oracles.vllm_engines import BOTH, EVERY_ENGINE
+
+on_both = pytest.mark.parametrize("engine", BOTH, indirect=True)
 
 PROMPTS = [
     "Once upon a time there was a little girl named Lily.",
@@ -72,76 +72,67 @@ def topk(parts: Random, k: int) -> Values:
     return values
 
 
-def _parameters(
-    parts: Random, activation: Any, kind: str, points_in: tuple[str, ...], points_out: tuple[str, ...]
-) -> DictionaryParameters:
-    return DictionaryParameters(
-        kind=kind,
-        hook_points_in=points_in,
-        hook_points_out=points_out,
-        encoders=(EncoderBlock(W_enc=parts.W_enc, sites=tuple(range(len(points_in)))),),
-        decoders=tuple(DecoderBlock(W_dec=parts.W_dec, site=site) for site in range(len(points_out))),
-        activation=activation,
-        b_enc=parts.b_enc,
-        b_dec=torch.randn(len(points_out), parts.W_dec.shape[1]) * 0.1,
-        source_format="test",
-    )
+def _saved(folder: Path, parts: Random, kind: str, architecture: str, **rest: Any) -> None:
+    """One with a single encoder and decoder a site, in our own format."""
+    points_in, points_out = rest["hook_points_in"], rest["hook_points_out"]
+    W_enc, W_dec = parts.W_enc.T, parts.W_dec
+    b_dec = torch.randn(len(points_out), W_dec.shape[1]) * 0.1
+    if kind == "crosscoder":
+        W_enc = W_enc.reshape(N_FEATURES, len(points_in), -1)
+        W_dec = W_dec[:, None].expand(-1, len(points_out), -1)
+    else:
+        b_dec = b_dec[0]
+    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": parts.b_enc, "b_dec": b_dec}
+    tensors |= rest.pop("tensors", {})
+    save_dictionary(Recipe(kind=kind, architecture=architecture, tensors=tensors, **rest), folder)
 
 
-@pytest.fixture
-def held(engine: Any) -> dict[str, Random]:
-    d = engine.info.d_model
-    store = engine.dictionaries
-    points = {point.name: point for point in engine.hook_points}
+def _write_all(folder: Path, d: int) -> dict[str, Random]:
+    """Every dictionary of these tests as a folder of its name; what they were made of."""
 
-    def hold(name: str, parameters: DictionaryParameters) -> None:
-        store.add(
-            HeldDictionary(
-                name=name,
-                path="",
-                dictionary=LinearDictionary(name, parameters),
-                points_in=tuple(points[p] for p in parameters.hook_points_in),
-                points_out=tuple(points[p] for p in parameters.hook_points_out),
-                size_bytes=0,
-            )
-        )
+    def points(*layers: int, at: str = "hook_resid_post") -> tuple[str, ...]:
+        return tuple(f"blocks.{layer}.{at}" for layer in layers)
+
+    def both(*names: str) -> dict[str, Any]:
+        return {"hook_points_in": names, "hook_points_out": names}
 
     parts = {"jump": Random.of(d, d, 1), "top": Random.of(d, d, 2), "trans": Random.of(d, d, 3)}
-    at2, at4 = ("blocks.2.hook_resid_post",), ("blocks.4.hook_resid_post",)
-    hold(
-        "jump",
-        _parameters(parts["jump"], JumpReLU(threshold=torch.full((N_FEATURES,), 0.4)), "sae", at2, at2),
-    )
-    hold("top", _parameters(parts["top"], TopK(keep=6), "sae", at4, at4))
-    hold(
-        "trans",
-        _parameters(
-            parts["trans"], ReLU(), "transcoder", ("blocks.3.ln2.hook_out",), ("blocks.3.hook_mlp_out",)
-        ),
-    )
-    reads = tuple(f"blocks.{layer}.hook_resid_post" for layer in (0, 2, 4))
+    threshold = {"threshold": torch.full((N_FEATURES,), 0.4)}
+    _saved(folder / "jump", parts["jump"], "sae", "jumprelu", tensors=threshold, **both(*points(2)))
+    _saved(folder / "top", parts["top"], "sae", "topk", k=6, **both(*points(4)))
+    inside = {"hook_points_in": points(3, at="ln2.hook_out"), "hook_points_out": points(3, at="hook_mlp_out")}
+    _saved(folder / "trans", parts["trans"], "transcoder", "standard", **inside)
     parts["cross"] = Random.of(3 * d, d, 4)
-    hold("cross", _parameters(parts["cross"], ReLU(), "crosscoder", reads, reads))
+    _saved(folder / "cross", parts["cross"], "crosscoder", "standard", **both(*points(0, 2, 4)))
     layers = (1, 2, 3)
     sources = [Random.of(d, d, 10 + layer) for layer in layers]
     parts.update({f"clt{layer}": source for layer, source in zip(layers, sources, strict=True)})
-    hold(
-        "clt",
-        DictionaryParameters(
-            kind="cross_layer_transcoder",
-            hook_points_in=tuple(f"blocks.{layer}.ln2.hook_out" for layer in layers),
-            hook_points_out=tuple(f"blocks.{layer}.hook_mlp_out" for layer in layers),
-            encoders=tuple(EncoderBlock(W_enc=s.W_enc, sites=(i,)) for i, s in enumerate(sources)),
-            decoders=tuple(
-                DecoderBlock(W_dec=sources[i].W_dec * (1 + site - i), group=i, site=site)
-                for i in range(3)
-                for site in range(i, 3)
-            ),
-            activation=ReLU(),
-            b_enc=torch.cat([s.b_enc for s in sources]),
-            source_format="test",
-        ),
+    tensors = {"b_dec": torch.zeros(len(layers), d)}
+    for i, source in enumerate(sources):
+        # Each layer further on is written once more.
+        strength = torch.arange(1, len(layers) - i + 1)[None, :, None]
+        tensors[f"W_enc.{i}"] = source.W_enc.T
+        tensors[f"W_dec.{i}"] = source.W_dec[:, None] * strength
+        tensors[f"b_enc.{i}"] = source.b_enc
+    recipe = Recipe(
+        kind="cross_layer_transcoder",
+        architecture="standard",
+        hook_points_in=points(*layers, at="ln2.hook_out"),
+        hook_points_out=points(*layers, at="hook_mlp_out"),
+        tensors=tensors,
     )
+    save_dictionary(recipe, folder / "clt")
+    return parts
+
+
+@pytest.fixture
+async def held(engine: Any, tmp_path: Path) -> dict[str, Random]:
+    parts = _write_all(tmp_path, engine.info.d_model)
+    present = {held.name for held in engine.dictionaries.all()}
+    for name in ("jump", "top", "trans", "cross", "clt"):
+        # A vLLM engine is shared by the tests, and so are the dictionaries that it holds.
+        if name not in present:
+            await engine.load_dictionary(name, str(tmp_path / name))
     return parts
 
 
@@ -267,6 +258,7 @@ def oracle_greedy(oracle: Any, prompt: list[int], case: Case) -> tuple[list[int]
     return ids[len(prompt) :], chosen
 
 
+@pytest.mark.parametrize("engine", EVERY_ENGINE, indirect=True)
 async def test_feature_edits_in_one_batch(
     engine: Any, answer: Any, oracle: Any, fable_model: Any, held: dict[str, Random]
 ) -> None:
@@ -291,6 +283,7 @@ async def test_feature_edits_in_one_batch(
     assert answers[5].finished.receipt[0].hook_points == ("blocks.2.hook_mlp_out", "blocks.3.hook_mlp_out")
 
 
+@pytest.mark.parametrize("engine", EVERY_ENGINE, indirect=True)
 async def test_features_stream_with_each_token_and_for_the_prompt(
     engine: Any, answer: Any, oracle: Any, fable_model: Any, held: dict[str, Random]
 ) -> None:
@@ -339,6 +332,7 @@ async def test_features_stream_with_each_token_and_for_the_prompt(
                 np.testing.assert_allclose(chosen.activations, row[[40, 3, 11]], atol=2e-5, rtol=1e-5)
 
 
+@on_both
 @pytest.mark.parametrize(
     ("edit", "error_class", "reason", "field"),
     [
@@ -424,6 +418,7 @@ async def test_unloaded_while_in_use(
     assert len((await running).ids) == 200
 
 
+@on_both
 async def test_generated_positions_only(
     engine: Any, answer: Any, fable_model: Any, held: dict[str, Random]
 ) -> None:
