@@ -5,8 +5,10 @@ And the negative controls: what keeps that true is taken away, and the same comp
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from glasshouse.server.types.interventions import Intervention, ScaleFeatures, S
 from glasshouse.server.types.models import ModelInfo
 from glasshouse.server.types.readouts import ReadActivations, ReadFeatures, ReadLogitLens
 
-from .harness import Answered, Ask, Session, run_vllm
+from .harness import ROOT, Answered, Ask, Session, run_vllm
 
 require()
 pytestmark = pytest.mark.timeout(600)
@@ -233,10 +235,21 @@ def test_one_batch_equals_one_at_a_time(
         assert stats["requests_failed"] == 0
 
 
-def warmed(treated: Sequence[Treated], **changed: Any) -> list[Ask]:
-    """A first wave of the same prompts untreated, then the treated ones: the cache is full of unedited keys and values."""
-    plain = [Ask(prompt=request.prompt * 3, max_tokens=4) for request in treated]
-    return [*plain, *asks(treated, wave=1, **changed)]
+@pytest.mark.skipif(find_spec("triton") is None, reason="Model Runner V2 needs Triton")
+def test_model_runner_v2(tmp_path: Path, treated: list[Treated], expected: list[Any], sae: Any) -> None:
+    """The other runner, which GPUs use by default: here through Triton's interpreter."""
+    (tmp_path / "sitecustomize.py").write_text("from tests.vllm import v2_shim\nv2_shim.install()\n")
+    paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    few = treated[:6]
+    session = run(
+        tmp_path / "run",
+        asks(few),
+        {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128},
+        environment={"VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        timeout_s=560,
+    )
+    assert session.boots[0]["runner"] == "v2"
+    check(few, session, expected[:6], sae)
 
 
 @pytest.fixture(scope="module")
