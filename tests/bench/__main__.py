@@ -1,4 +1,4 @@
-"""`python -m tests.bench [--only NAME ...] [--repeats N] [--cores N]`: every bar, on two cores.
+"""`python -m tests.bench [--only NAME ...] [--repeats N] [--cores N] [--long]`: every bar, on two cores.
 
 Exit status 1 where a figure is below its bar.
 """
@@ -30,13 +30,18 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure the bars.")
     parser.add_argument("--only", metavar="NAME", action="append", choices=list(BARS), help=", ".join(BARS))
-    parser.add_argument("--repeats", metavar="N", type=int, default=5, help="turns of each comparison")
+    parser.add_argument(
+        "--repeats", metavar="N", type=int, help="turns of each comparison; default: 5, of vllm 15"
+    )
+    parser.add_argument("--long", action="store_true", help="of vllm, the larger model too")
     parser.add_argument("--cores", metavar="N", type=int, default=2)
     parser.add_argument("--threads", metavar="N", type=int, help="of torch, everywhere; default: --cores")
     arguments = parser.parse_args()
     n_cores = pin(arguments.cores)
     results = Results()
-    with Workbench(threads=arguments.threads or n_cores, repeats=arguments.repeats) as bench:
+    with Workbench(
+        threads=arguments.threads or n_cores, repeats=arguments.repeats, long=arguments.long
+    ) as bench:
         for name in arguments.only or BARS:
             BARS[name](bench, results.report)
     results.write()

@@ -23,13 +23,18 @@ from glasshouse.tour.server_process import ServerProcess
 
 T = TypeVar("T")
 LIMITS = Limits(max_running=64)
+REPEATS = 5
 
 
 class Workbench:
-    """`repeats`: turns of each comparison. A context manager: leaving it stops what was started."""
+    """`repeats`: turns of each comparison; None for 5, or for what a bar says of itself. `long`: also what takes minutes.
 
-    def __init__(self, *, threads: int, repeats: int) -> None:
-        self.threads, self.repeats = threads, repeats
+    A context manager: leaving it stops what was started.
+    """
+
+    def __init__(self, *, threads: int, repeats: int | None = None, long: bool = False) -> None:
+        self.threads, self.long = threads, long
+        self.asked_repeats, self.repeats = repeats, repeats or REPEATS
         self._stack = ExitStack()
         self._runner = asyncio.Runner()
 

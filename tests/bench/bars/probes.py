@@ -102,7 +102,7 @@ class _InProcess:
         self._bench, self._prompts, self._engine = bench, prompts, bench.engine
         shelf = ConceptShelf(self._engine.info.name)
         for index, name in enumerate(NAMES):
-            shelf.put_probe(name, _random_probe(bench.loaded.d_model, index))
+            shelf.put_probe(name, random_probe(bench.loaded.d_model, index))
         self._engine.use_concepts(shelf)
         condition = Condition(source=ProbeColumn(probe=NAMES[0]), above=0.5)
         self.reading = [{"readouts": tuple(ReadProbe(probe=name) for name in NAMES)}] * N_STREAMS
@@ -156,7 +156,8 @@ async def _publish(model: AsyncModel) -> None:
         await operation.result(timeout=120)
 
 
-def _random_probe(width: int, seed: int) -> ServedProbe:
+def random_probe(width: int, seed: int) -> ServedProbe:
+    """A probe of `HOOK` with random weights."""
     rng = np.random.default_rng(seed)
     facts = ProbeFacts(
         kind="logistic",

@@ -22,6 +22,7 @@ from . import (
     static_batch,
     steering,
     transport,
+    vllm,
 )
 
 Bar = Callable[[Workbench, Report], None]
@@ -42,4 +43,5 @@ BARS: Mapping[str, Bar] = {
     "monitors": monitors.run,
     "aborting": aborting.run,
     "attribution_latency": attribution_latency.run,
+    "vllm": vllm.run,
 }
