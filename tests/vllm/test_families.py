@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from glasshouse.server.engines.vllm.contract import Clause, EditPlan, ReadoutPlan, RequestPlan
-from glasshouse.server.engines.vllm.contract.settings import SITES
+from glasshouse.server.engines.vllm.contract.settings import MLP_INPUT, SITES
 from glasshouse.server.hooks.attachment import attach
 from glasshouse.server.hooks.table import HookTable
 from glasshouse.server.models.loading import wrap_model
@@ -151,7 +151,8 @@ def test_every_hook_point_reads_and_edits_as_hugging_face_does(name: str, tmp_pa
     )
     assert not session.failure, session.failure[-4000:]
     assert session.boots[0]["hooks"], session.boots[0]["refusal"]
-    assert set(session.boots[0]["sites"]) == set(sites)
+    # What the MLP reads is tested with the transcoders that read it; not every adapter has it.
+    assert {site for site in session.boots[0]["sites"] if not site.endswith(MLP_INPUT)} == set(sites)
     plain = session.answers[2]
     for answer, added in zip(session.answers, (vectors, {}), strict=False):
         assert not answer.error
