@@ -18,14 +18,20 @@ if "GLASSHOUSE_DATA" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["GLASSHOUSE_DATA"], ignore_errors=True)
 
 
-class OneVllmAtATime(LoadFileScheduling):
-    """A file's tests run in one process, and all that start vLLM in one: it takes the whole machine."""
+class ByFile(LoadFileScheduling):
+    """A file's tests run in one process. What runs on both engines is two: vLLM is started once for all that share it."""
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, name = nodeid.partition("::")
-        return "vllm" if "vllm" in path or "vllm-" in name else path
+        return "vllm" if "vllm-" in name else path
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneVllmAtATime:
-    return OneVllmAtATime(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts vLLM takes longest: first."""
+    items.sort(key=lambda item: "vllm" not in item.nodeid)
