@@ -16,7 +16,9 @@ import pytest
 
 from glasshouse.client.testing import FakeServer
 
-COMMAND = [sys.executable, "-c", "from glasshouse.cli.main import run; run()"]
+# Interrupts are taken as on a terminal, whatever the tests' own parent does with them.
+TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+COMMAND = [sys.executable, "-c", f"{TERMINAL}; from glasshouse.cli.main import run; run()"]
 HOOK = "blocks.0.hook_resid_post"
 
 
