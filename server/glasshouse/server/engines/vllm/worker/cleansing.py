@@ -32,6 +32,9 @@ def _cleanse_v1(runner: Any, scheduler_output: Any, edited: Callable[[str], bool
     if state is None:  # an earlier pipeline stage, or a step without tokens
         return
     batch = runner.input_batch
+    # First, for it costs nothing: to look at the stream is to wait for the device.
+    if not any(edited(req_id) for req_id in batch.req_ids):
+        return
     counts = np.array([scheduler_output.num_scheduled_tokens[req_id] for req_id in batch.req_ids])
     hidden = state.hidden_states[: int(counts.sum())]
     finite_T = torch.isfinite(hidden.float().sum(dim=-1))
