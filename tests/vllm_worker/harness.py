@@ -101,7 +101,7 @@ def run_vllm(
         "OMP_NUM_THREADS": "1",
         **(environment or {}),
     }
-    child = [sys.executable, "-W", "ignore", "-m", "tests.vllm.child", str(folder)]
+    child = [sys.executable, "-W", "ignore", "-m", "tests.vllm_worker.child", str(folder)]
     done = subprocess.run(child, env=told, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
     answer = folder / "answer.json"
     if not answer.exists():

@@ -238,7 +238,7 @@ def test_one_batch_equals_one_at_a_time(
 @pytest.mark.skipif(find_spec("triton") is None, reason="Model Runner V2 needs Triton")
 def test_model_runner_v2(tmp_path: Path, treated: list[Treated], expected: list[Any], sae: Any) -> None:
     """The other runner, which GPUs use by default: here through Triton's interpreter."""
-    (tmp_path / "sitecustomize.py").write_text("from tests.vllm import v2_shim\nv2_shim.install()\n")
+    (tmp_path / "sitecustomize.py").write_text("from tests.vllm_worker import v2_shim\nv2_shim.install()\n")
     paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     few = treated[:6]
     session = run(
@@ -364,7 +364,7 @@ def test_a_hook_that_does_not_fire_ends_the_start(tmp_path: Path) -> None:
         engine={
             "model": str(fable.model_path()),
             "max_model_len": 64,
-            "worker_cls": "tests.vllm.sabotage.SilentWorker",
+            "worker_cls": "tests.vllm_worker.sabotage.SilentWorker",
         },
     )
     assert "blocks.2.hook_mlp_out did not fire" in session.failure
@@ -373,7 +373,7 @@ def test_a_hook_that_does_not_fire_ends_the_start(tmp_path: Path) -> None:
 def test_a_hook_that_stops_firing_fails_its_requests_and_no_others(
     tmp_path: Path, treated: list[Treated], expected: list[Any], sae: Any
 ) -> None:
-    session = run(tmp_path, asks(treated), {"worker_cls": "tests.vllm.sabotage.FallingSilentWorker"})
+    session = run(tmp_path, asks(treated), {"worker_cls": "tests.vllm_worker.sabotage.FallingSilentWorker"})
     for index, (request, answer) in enumerate(zip(treated, session.answers, strict=True)):
         sites = {site for edit in request.plan.edits for site in edit.sites_out}
         if sites & {"blocks.2.hook_resid_post", "blocks.3.hook_resid_pre", "blocks.2.hook_mlp_out"}:
