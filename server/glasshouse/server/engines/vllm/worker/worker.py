@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import vllm
 from torch import Tensor
 from vllm.distributed import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 
-import vllm
 from glasshouse.server.dictionaries.open import open_dictionaries
 from glasshouse.server.engines.vllm.contract.settings import (
     EXTRA_ARG,
