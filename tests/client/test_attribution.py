@@ -52,6 +52,20 @@ def test_a_metric_on_the_wire() -> None:
     assert builders.metric(probe_value("mood", "sad")).probe.label == "sad"
 
 
+def test_a_baseline_on_the_wire() -> None:
+    def built(baseline: Any) -> Any:
+        return builders.attribute_tokens(
+            "", CLEAN, METRIC, hook_point="", method="integrated_gradients", steps=1, baseline=baseline, freeze_=(),
+            by_element=False,
+        )  # fmt: skip
+
+    assert built(None).WhichOneof("baseline") is None
+    assert built("mean_embedding").mean_embedding and built("zeros").zeros
+    assert built("a b").baseline_input.text == "a b"
+    assert built([1, 2]).WhichOneof("baseline") == "baseline_input"
+    assert built(np.zeros(8)).WhichOneof("baseline") == "baseline_activations"
+
+
 @pytest.mark.parametrize("tokens", [1.5, [None], True, [[" a"]]])
 def test_what_is_no_token(tokens: Any) -> None:
     with pytest.raises(TypeError):
@@ -64,7 +78,12 @@ def test_tokens_sum_to_the_change(model: Model) -> None:
     assert found.scores.sum() == pytest.approx(found.value - found.baseline_value)
     assert found.input.strings == ["<bos>", "a", "b", "c", "d"]
     assert found.attributions is not None and found.attributions.shape == (5, 8)
-    assert heard[-1].done == heard[-1].total == 32
+    assert heard[-1].done == heard[-1].total == 64
+    other = model.attribute_tokens(CLEAN, METRIC, baseline=[1, 9, 9, 9, 9])
+    assert other.baseline_value != 0 == found.baseline_value
+    assert other.scores.sum() == pytest.approx(other.value - other.baseline_value)
+    with pytest.raises(InvalidArgumentError, match="baseline_input"):
+        model.attribute_tokens(CLEAN, METRIC, baseline=[1, 2])
     place, token, score = found.top(1)[0]
     assert token == found.input.strings[place] and abs(score) == np.abs(found.scores).max()
 

@@ -37,6 +37,7 @@ from glasshouse.client import (
 from glasshouse.server.attribution import attribution_graph, circuits, direct, sweeps, tokens
 from glasshouse.server.attribution.attribution_patching import attribution_patch
 from glasshouse.server.attribution.edge_attribution import attribute_edges
+from glasshouse.server.attribution.editing import setting
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.metrics import LogitDifference
 from glasshouse.server.attribution.nodes import node_grid
@@ -87,11 +88,9 @@ def value_of(twin: GradientModel, metric: LogitDifference, ids: torch.Tensor) ->
 
 def test_tokens(model: Model, twin: GradientModel, ids: dict[str, Any], gender: LogitDifference) -> None:
     heard: list[Any] = []
-    found = model.attribute_tokens(
-        CLEAN, GENDER, steps=256, baseline="mean_embedding", by_element=True, progress=heard.append
-    )
+    found = model.attribute_tokens(CLEAN, GENDER, by_element=True, progress=heard.append)
     mean = twin.loaded.model.get_input_embeddings().weight.detach().mean(0)
-    ours = tokens.attribute_tokens(twin, ids["clean"], gender, steps=256, baseline=mean)
+    ours = tokens.attribute_tokens(twin, ids["clean"], gender, baseline=mean)
     assert found.input.ids == ids["clean"].tolist()
     assert found.scores == pytest.approx(ours.scores.numpy(), abs=1e-3)
     assert found.attributions is not None
@@ -105,16 +104,41 @@ def test_tokens(model: Model, twin: GradientModel, ids: dict[str, Any], gender: 
 
 
 def test_tokens_with_other_baselines(model: Model, twin: GradientModel, ids: dict[str, Any]) -> None:
-    mean = model.attribute_tokens(CLEAN, GENDER, baseline="mean_embedding", steps=64)
+    mean = model.attribute_tokens(CLEAN, GENDER, baseline="mean_embedding")
+    assert mean.scores.tolist() == model.attribute_tokens(CLEAN, GENDER).scores.tolist(), "the default"
     embedding = twin.loaded.model.get_input_embeddings().weight.detach().mean(0).numpy()
     given = model.attribute_tokens(CLEAN, GENDER, baseline=embedding, steps=64)
     assert mean.scores == pytest.approx(given.scores, abs=1e-3)
+    zeros = model.attribute_tokens(CLEAN, GENDER, baseline="zeros", steps=1)
+    nothing = twin.forward(twin.tokens(ids["clean"]), edits={"hook_embed": [setting(torch.zeros(1))]})
+    logits = nothing.logits()[0]
+    assert zeros.baseline_value == pytest.approx(float(logits[ids["she"]] - logits[ids["he"]]), abs=1e-4)
     other = model.attribute_tokens(CLEAN, GENDER, baseline=CORRUPT, steps=64)
     same = [p for p, (a, b) in enumerate(zip(ids["clean"].tolist(), ids["corrupt"].tolist())) if a == b]
     assert other.scores[same] == pytest.approx(np.zeros(len(same)), abs=1e-6), "nothing moved there"
     assert other.baseline_value == pytest.approx(
         model.attribute_tokens(CORRUPT, GENDER, steps=1).value, abs=1e-4
     )
+    said = [found.held_fixed.statement for found in (mean, zeros, given, other)]
+    assert (
+        "average tokens" in said[0] and "zeros" in said[1] and "given" in said[2] and "other input" in said[3]
+    )
+
+
+def test_the_average_input_is_one_baseline_at_every_hook_point(model: Model) -> None:
+    at_embeddings = model.attribute_tokens(CLEAN, GENDER)
+    for hook_point in ("blocks.2.hook_resid_pre", "blocks.5.hook_resid_post"):
+        found = model.attribute_tokens(CLEAN, GENDER, hook_point=hook_point)
+        assert found.baseline_value == pytest.approx(at_embeddings.baseline_value, abs=1e-3)
+        assert abs(found.residual) < 1e-3
+
+
+def test_gradient_x_input_has_no_baseline(model: Model) -> None:
+    plain = model.attribute_tokens(CLEAN, GENDER, method="gradient_x_input")
+    zeros = model.attribute_tokens(CLEAN, GENDER, method="gradient_x_input", baseline="zeros")
+    mean = model.attribute_tokens(CLEAN, GENDER, method="gradient_x_input", baseline="mean_embedding")
+    assert plain.scores.tolist() == zeros.scores.tolist()
+    assert plain.scores != pytest.approx(mean.scores, abs=1e-2)
 
 
 def test_held_patterns_and_norms_make_it_linear_in_attention(model: Model) -> None:
@@ -334,7 +358,7 @@ def test_a_probe_is_a_metric(model: Model) -> None:
     drawn = np.random.default_rng(1).standard_normal((192, 1)).astype(np.float32)
     weights = ProbeWeights(layers=[(drawn, np.array([0.25], np.float32))])
     probe = model.create_probe("drawn", weights, labels=["no", "yes"], hook_points=at)
-    found = model.attribute_tokens(CLEAN, probe_value(probe), baseline="mean_embedding", steps=64)
+    found = model.attribute_tokens(CLEAN, probe_value(probe))
     read = model.activations(CLEAN, hook_points=at)[at][-1].astype(np.float32)
     assert found.value == pytest.approx(float((read @ drawn).item()) + 0.25, abs=1e-2)
     assert abs(found.residual) < 0.05

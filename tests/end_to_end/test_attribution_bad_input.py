@@ -212,13 +212,6 @@ CASES: list[tuple[Any, dict[str, Any], str, str, str]] = [
     (TOKENS, {"hook_point": "nope"}, MISSING, "HOOK_POINT_NOT_FOUND", "hook_point"),
     (TOKENS, {"hook_point": "blocks.1.attn.hook_pattern"}, UNMET, "HOOK_POINT_NOT_WRITABLE", "hook_point"),
     (TOKENS, {"baseline_input": SHORT}, INVALID, "VALUE_OUT_OF_RANGE", "baseline_input"),
-    (
-        TOKENS,
-        {"hook_point": "blocks.1.hook_resid_pre", "mean_embedding": True},
-        INVALID,
-        "FIELD_CONFLICT",
-        "mean_embedding",
-    ),
     (TOKENS, {"baseline_activations": vector(7)}, INVALID, "WRONG_WIDTH", "baseline_activations"),
     (DIRECT, {"targets": None}, INVALID, "FIELD_REQUIRED", "targets"),
     (DIRECT, {"position": 77}, INVALID, "POSITION_UNREACHABLE", "position"),

@@ -49,12 +49,17 @@ def page_data(path: Path) -> dict[str, Any]:
 
 
 def test_tokens(run: Run, model: Model, tmp_path: Path) -> None:
-    expected = model.attribute_tokens(CLEAN, METRIC)
-    rows = lines(run("attribute", "tokens", CLEAN, *ANSWER))
+    expected = model.attribute_tokens(CLEAN, METRIC, baseline=CORRUPT)
+    rows = lines(run("attribute", "tokens", CLEAN, *ANSWER, "--baseline", CORRUPT))
     assert [row[1] for row in rows] == [repr(token) for token in expected.input.strings]
     assert [float(row[2]) for row in rows] == pytest.approx(expected.scores.tolist(), rel=1e-3, abs=1e-3)
     assert max(rows, key=lambda row: float(row[2]))[1] == "' France'"
+    expected = model.attribute_tokens(CLEAN, METRIC)
     found = json.loads(run("attribute", "tokens", CLEAN, *ANSWER, "--json", "-o", tmp_path / "a.html").stdout)
+    assert found["scores"] == pytest.approx(expected.scores.tolist(), rel=1e-3, abs=1e-3)
+    assert abs(found["residual"]) < 1e-3, "the default baseline converges"
+    zeros = json.loads(run("attribute", "tokens", CLEAN, *ANSWER, "--json", "--baseline", "zeros").stdout)
+    assert zeros["baseline_value"] != pytest.approx(found["baseline_value"], abs=0.1)
     assert found["residual"] == pytest.approx(expected.residual, abs=1e-3)
     data = page_data(tmp_path / "a.html")
     assert data["title"] == CLEAN and "logit of ' Paris' less ' Rome'" in data["about"]
@@ -217,7 +222,10 @@ def test_a_graph_as_a_page_and_as_files(run: Run, client: Client, tmp_path: Path
 
 def test_a_terminal_gets_colour(server: ServerProcess) -> None:
     ours, theirs = pty.openpty()
-    arguments = ("attribute", "tokens", CLEAN, *ANSWER, "--target", server.target)
+    arguments = (
+        *("attribute", "tokens", CLEAN, *ANSWER),
+        *("--baseline", CORRUPT, "--target", server.target),
+    )
     environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"}
     process = subprocess.Popen(
         [sys.executable, "-m", "glasshouse.cli.main", *arguments],

@@ -262,6 +262,7 @@ class AttributeTokensRequest(_message.Message):
     MEAN_EMBEDDING_FIELD_NUMBER: _builtins.int
     BASELINE_INPUT_FIELD_NUMBER: _builtins.int
     BASELINE_ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    ZEROS_FIELD_NUMBER: _builtins.int
     FREEZE_FIELD_NUMBER: _builtins.int
     BY_ELEMENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -271,9 +272,15 @@ class AttributeTokensRequest(_message.Message):
     method: Global___GradientMethod.ValueType
     """Default: integrated gradients."""
     steps: _builtins.int
-    """Gradients of integrated gradients. Default: 32. From 1 to 4,096."""
+    """Gradients of integrated gradients. Default: 64. From 1 to 4,096."""
     mean_embedding: _builtins.bool
-    """The mean of the embedding matrix at every position. With hook_embed only."""
+    """An input of average tokens: at hook_embed the mean of the vocabulary's embeddings at every position, at any other
+    hook point the activation there when hook_embed is that. False: as if not given.
+    """
+    zeros: _builtins.bool
+    """Zeros at every position. Norms make most models turn too fast near zero for integrated gradients to converge:
+    mind the residual. False: as if not given.
+    """
     by_element: _builtins.bool
     """Send the attributions element by element too. Default: false."""
     @_builtins.property
@@ -308,14 +315,15 @@ class AttributeTokensRequest(_message.Message):
         mean_embedding: _builtins.bool = ...,
         baseline_input: _inputs_pb2.Input | None = ...,
         baseline_activations: _tensors_pb2.Tensor | None = ...,
+        zeros: _builtins.bool = ...,
         freeze: Global___Freeze | None = ...,
         by_element: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "baseline_activations", b"baseline_activations", "baseline_input", b"baseline_input", "freeze", b"freeze", "input", b"input", "mean_embedding", b"mean_embedding", "metric", b"metric"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "baseline_activations", b"baseline_activations", "baseline_input", b"baseline_input", "freeze", b"freeze", "input", b"input", "mean_embedding", b"mean_embedding", "metric", b"metric", "zeros", b"zeros"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "baseline_activations", b"baseline_activations", "baseline_input", b"baseline_input", "by_element", b"by_element", "freeze", b"freeze", "hook_point", b"hook_point", "input", b"input", "mean_embedding", b"mean_embedding", "method", b"method", "metric", b"metric", "model", b"model", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "baseline_activations", b"baseline_activations", "baseline_input", b"baseline_input", "by_element", b"by_element", "freeze", b"freeze", "hook_point", b"hook_point", "input", b"input", "mean_embedding", b"mean_embedding", "method", b"method", "metric", b"metric", "model", b"model", "steps", b"steps", "zeros", b"zeros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_baseline: _TypeAlias = _typing.Literal["mean_embedding", "baseline_input", "baseline_activations"]  # noqa: Y015
+    _WhichOneofReturnType_baseline: _TypeAlias = _typing.Literal["mean_embedding", "baseline_input", "baseline_activations", "zeros"]  # noqa: Y015
     _WhichOneofArgType_baseline: _TypeAlias = _typing.Literal["baseline", b"baseline"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_baseline) -> _WhichOneofReturnType_baseline | None: ...
 

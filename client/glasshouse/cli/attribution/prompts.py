@@ -46,11 +46,14 @@ def tokens(
     method: Annotated[Method, typer.Option("--method", help="How.")] = Method.INTEGRATED,
     steps: Annotated[
         int, typer.Option("--steps", metavar="N", min=1, help="Gradients of integrated gradients.")
-    ] = 32,
+    ] = 64,
     baseline: Annotated[
         str | None,
         typer.Option(
-            "--baseline", metavar="TEXT", help="A text of as many tokens to compare with; default zeros."
+            "--baseline",
+            metavar="TEXT",
+            help="What to compare with: a text of as many tokens, mean_embedding (as many average tokens) or zeros. "
+            "Default: mean_embedding; for gradient-x-input zeros.",
         ),
     ] = None,
     top: Top = 0,

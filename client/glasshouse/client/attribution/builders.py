@@ -40,7 +40,7 @@ MODES: Final = {
     "open": pb.FEATURE_INTERVENTION_MODE_OPEN,
 }
 PATCHING: Final = ("atp", "atp*", "eap", "eap-ig")
-MEAN_EMBEDDING: Final = "mean_embedding"
+BASELINES: Final = ("mean_embedding", "zeros")
 _EAP_IG_STEPS: Final = 5
 
 
@@ -164,7 +164,7 @@ def attribute_tokens(
     freeze_: Sequence[str],
     by_element: bool,
 ) -> pb.AttributeTokensRequest:
-    """`baseline`: None for zeros, "mean_embedding", an input, or floating activations (d,) or (n_pos, d)."""
+    """`baseline`: None for the method's own, one of `BASELINES`, an input, or floating activations (d,) or (n_pos, d)."""
     request = pb.AttributeTokensRequest(
         model=model,
         input=given_input(input, "input"),
@@ -175,8 +175,8 @@ def attribute_tokens(
         freeze=freeze(freeze_),
         by_element=by_element,
     )
-    if isinstance(baseline, str) and baseline == MEAN_EMBEDDING:
-        request.mean_embedding = True
+    if isinstance(baseline, str) and baseline in BASELINES:
+        setattr(request, baseline, True)
     elif _is_floating(baseline):
         request.baseline_activations.CopyFrom(pack(_rows(baseline, "baseline_activations")))
     elif baseline is not None:

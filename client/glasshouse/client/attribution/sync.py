@@ -114,7 +114,7 @@ class ModelAttribution:
         *,
         hook_point: str = "hook_embed",
         method: Literal["integrated_gradients", "gradient_x_input"] = "integrated_gradients",
-        steps: int = 32,
+        steps: int = 64,
         baseline: InputLike | NDArray[Any] | None = None,
         freeze: Sequence[Held] = (),
         by_element: bool = False,
@@ -123,7 +123,9 @@ class ModelAttribution:
     ) -> TokenAttribution:
         """Which positions a metric rests on, at the embeddings or any hook point of vectors.
 
-        `baseline`: zeros by default; "mean_embedding", another input of as many tokens, or floating activations.
+        `baseline`: "mean_embedding" (an input of average tokens), "zeros", another input of as many tokens, or floating
+        activations, (d,) or (n_pos, d). By default the first, from which integrated gradients converge, and zeros for
+        gradient x input.
         """
         call = calls.attribute_tokens(
             self._name,

@@ -40,21 +40,26 @@ class FakeAttributionServices:
     # -- one input -----------------------------------------------------------------------------------------------
 
     def attribute_tokens(self, request: pb.AttributeTokensRequest) -> Iterator[pb.AttributeTokensResponse]:
-        """Scores that sum to the value."""
+        """Scores that sum to the change of the value, which is 0 at any baseline but an input."""
         model, ids = self._input(request)
         _metric(model, request.metric, ids)
-        value = _number(ids)
-        scores = _parts(value, len(ids))
+        value, baseline_value = _number(ids), 0.0
+        if request.HasField("baseline_input"):
+            other = model.token_ids(request.baseline_input, "baseline_input")
+            _same_length(ids, other, "baseline_input")
+            baseline_value = _number(other)
+        scores = _parts(value - baseline_value, len(ids))
         arrays = {}
         if request.by_element:
             arrays["attributions"] = np.repeat(scores[:, None] / D_MODEL, D_MODEL, axis=1).astype(np.float32)
-        steps = request.steps or 32
+        steps = request.steps or 64
         yield pb.AttributeTokensResponse(progress=pb.AttributionProgress(done=steps, total=steps))
         yield pb.AttributeTokensResponse(
             attribution=pb.TokenAttribution(
                 input=_fed(model, ids),
                 scores=scores,
                 value=value,
+                baseline_value=baseline_value,
                 hook_point=request.hook_point or "hook_embed",
                 held_fixed=_HELD,
                 tensors=_announced(arrays),
@@ -417,10 +422,10 @@ def _missing(name: str) -> Exception:
     )
 
 
-def _same_length(clean: Sequence[int], other: Sequence[int]) -> None:
+def _same_length(clean: Sequence[int], other: Sequence[int], field: str = "corrupt") -> None:
     if len(clean) != len(other):
         message = f"the inputs have {len(clean)} and {len(other)} tokens"
-        raise invalid("corrupt", message, reasons.VALUE_OUT_OF_RANGE, "Give inputs of equal length")
+        raise invalid(field, message, reasons.VALUE_OUT_OF_RANGE, "Give inputs of equal length")
 
 
 def _metric(model: FakeModel, metric: metrics_pb2.Metric, ids: Sequence[int]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ Edit = Callable[[Tensor], None]
 """Changes a live activation in place: (B, T, width), or (B, H, T, T) for attention maps."""
 
 Edits = Mapping[str, Sequence[Edit]]
+
+_EMBEDDED_AT_ONCE = 8192
+
+
+class _Embedded(Exception):
+    """The embeddings are seen; the rest of the pass is not wanted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,6 +140,22 @@ class GradientModel:
                 remedy="Give at least one token.",
             )
         return tokens
+
+    @cached_property
+    def mean_embedding(self) -> Tensor:
+        """(d_model,): what `hook_embed` is on average over the vocabulary, whatever the model does to its embeddings."""
+        total = torch.zeros(self.loaded.d_model, device=self.loaded.device)
+
+        def add(embedded_B1D: Tensor) -> None:
+            total.add_(embedded_B1D.sum((0, 1)))
+            raise _Embedded
+
+        for some in torch.split(torch.arange(self.loaded.vocab_size), _EMBEDDED_AT_ONCE):
+            try:
+                self.forward(self.tokens(some[:, None]), edits={"hook_embed": [add]})
+            except _Embedded:
+                continue
+        return total / self.loaded.vocab_size
 
     def forward(
         self,

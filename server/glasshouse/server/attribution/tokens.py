@@ -7,13 +7,15 @@ hook point and b the baseline:
 2. Average the gradient of the metric over the path, a from 0 to 1, and multiply by (x - b).
 3. The attributions then sum to m(x) - m(b): what is missing is the *residual*, reported with them.
 
-Placement of the steps. A norm divides the stream by its own size, so that near a zero baseline a model turns
+The baseline is by default that of the average token (`baselines`); for gradient x input it is zero, as the name says.
+
+Placement of the steps. A norm divides the stream by its own size, so that where a path begins near zero a model turns
 within a ~ sqrt(eps) / |x|, and evenly spaced steps jump over it at any affordable number. But the error is
 known piece by piece: over a stretch of the path the attributions should sum to the change of the metric. So
-the path is walked in steps that crowd at the baseline, cut into pieces of `NODES` Gauss-Legendre steps, and the
-pieces that miss most are halved until the steps are spent; `steps` counts every gradient, those of discarded
-pieces too. A path may still turn too often for its steps (sandwich norms on a zero baseline do): the residual
-says so, and a baseline that is an input, or the mean embedding, cures it.
+the path is walked in steps that crowd at the baseline the more the smaller it is, cut into pieces of `NODES`
+Gauss-Legendre steps, and the pieces that miss most are halved until the steps are spent; `steps` counts every gradient,
+those of discarded pieces too. A path from zero may still turn too often for its steps (RMS norms and sandwich norms
+do): the residual says so.
 
 What is held fixed: nothing, unless a `Freeze` is given. Positions of learned position embeddings stay (the
 token's part of the input is attributed, `hook_embed`).
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glasshouse.server.attribution.baselines import EMBED, average_input
 from glasshouse.server.attribution.editing import setting
 from glasshouse.server.attribution.freezing import NOTHING_FROZEN, Freeze
 from glasshouse.server.attribution.gradient_model import GradientModel, Pass
@@ -43,9 +46,11 @@ NODES = 4
 """Gradients of one piece of the path."""
 
 CROWDING = 18.0
-"""The path is walked as a = (e^ct - 1) / (e^c - 1), so that every decade down to e^-c gets its share of steps."""
+"""The path is walked as a = (e^ct - 1) / (e^c - 1), so that every decade down to e^-c gets its share of steps: c is the
+logarithm of how many times longer the path is than its baseline, at most this.
+"""
 
-FIRST = 8
+FIRST = 4
 """One part in so many of the pieces is spent on the first, even cut."""
 
 SPLIT_SHARE = 0.3
@@ -79,9 +84,9 @@ def attribute_tokens(
     tokens_T: Tensor,
     metric: Metric,
     *,
-    hook_point: str = "hook_embed",
+    hook_point: str = EMBED,
     method: Method = "integrated_gradients",
-    steps: int = 32,
+    steps: int = 64,
     baseline: Tensor | None = None,
     freeze: Freeze = NOTHING_FROZEN,
     batch_size: int = 16,
@@ -89,7 +94,8 @@ def attribute_tokens(
 ) -> TokenAttribution:
     """Attribute `metric` on one input to the activation at `hook_point`.
 
-    baseline: (T, D) or (D,), zeros by default. For gradient x input the input is the difference from it.
+    baseline: (T, D) or (D,). By default the activation of an input of average tokens, and zeros for gradient x input,
+    whose input is the difference from the baseline.
     """
     if steps < 1:
         raise InvalidArgument(
@@ -97,11 +103,13 @@ def attribute_tokens(
             reason=reasons.VALUE_OUT_OF_RANGE,
             field="steps",
             value=steps,
-            remedy="Use at least 1 step; 32 is usual.",
+            remedy="Use at least 1 step; 64 is usual.",
         )
     tokens = model.tokens(tokens_T)
     plain = model.forward(tokens, read=(hook_point, *metric.reads), freeze=freeze)
     x = plain.readings[hook_point].detach()
+    if baseline is None and method == "integrated_gradients":
+        baseline = average_input(model, tokens, hook_point)
     start = _baseline(baseline, x)
     at_baseline = _at(model, tokens, hook_point, start, metric, freeze)
     if method == "gradient_x_input":
@@ -143,6 +151,7 @@ class _Walk:
     ) -> None:
         self._model, self._tokens, self._metric, self._hook_point = model, tokens, metric, hook_point
         self._start, self._difference, self._freeze, self._batch_size = start, difference, freeze, batch_size
+        self._crowding = _crowding(start, difference)
         self._values: dict[float, float] = {}
 
     def mean_gradient(self, steps: int, progress: Progress) -> Tensor:
@@ -170,7 +179,7 @@ class _Walk:
         self._note_values([end for span in spans for end in span])
         pieces = []
         for i, (low, high) in enumerate(spans):
-            speeds = [_speed(t) for t in places[i * nodes : (i + 1) * nodes]]
+            speeds = [_speed(t, self._crowding) for t in places[i * nodes : (i + 1) * nodes]]
             weights = torch.tensor(
                 w * speeds * (high - low) / 2, dtype=torch.float32, device=gradients.device
             )
@@ -195,9 +204,8 @@ class _Walk:
 
     def _rows(self, places: list[float]) -> list[Tensor]:
         """Activations (B, T, D) at these places of the path, in batches."""
-        alpha = torch.tensor([_alpha(t) for t in places], dtype=torch.float32, device=self._start.device)[
-            :, None, None
-        ]
+        along = [_alpha(t, self._crowding) for t in places]
+        alpha = torch.tensor(along, dtype=torch.float32, device=self._start.device)[:, None, None]
         return (
             [self._start + some * self._difference for some in torch.split(alpha, self._batch_size)]
             if places
@@ -210,13 +218,20 @@ class _Walk:
         )
 
 
-def _alpha(t: float) -> float:
-    """How far along the path: from 0 at t = 0 to 1 at t = 1, crowding at the baseline."""
-    return math.expm1(CROWDING * t) / math.expm1(CROWDING)
+def _crowding(start: Tensor, difference: Tensor) -> float:
+    """How much the steps crowd at the baseline, 0 for not at all: by the position where it is smallest for its path."""
+    far = difference.norm(dim=-1) / start.norm(dim=-1)
+    most = float(far.nan_to_num(nan=0.0).max())  # a position that stays at zero has no path
+    return min(max(math.log(most), 0.0), CROWDING) if most else 0.0
 
 
-def _speed(t: float) -> float:
-    return CROWDING * math.exp(CROWDING * t) / math.expm1(CROWDING)
+def _alpha(t: float, crowding: float) -> float:
+    """How far along the path: from 0 at t = 0 to 1 at t = 1."""
+    return math.expm1(crowding * t) / math.expm1(crowding) if crowding else t
+
+
+def _speed(t: float, crowding: float) -> float:
+    return crowding * math.exp(crowding * t) / math.expm1(crowding) if crowding else 1.0
 
 
 def _halves(low: float, high: float) -> list[tuple[float, float]]:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from glasshouse.server.attribution import direct, feature_attribution
+from glasshouse.server.attribution.baselines import EMBED, average_input
 from glasshouse.server.attribution.freezing import NOTHING_FROZEN, Freeze
 from glasshouse.server.attribution.gradient_model import GradientModel
 from glasshouse.server.attribution.tokens import Method, TokenAttribution, attribute_tokens
 from glasshouse.server.dictionaries.store import HeldDictionary
 from glasshouse.server.operations.attribution.lanes import Ticket
 from glasshouse.server.types.errors import FailedPrecondition, InvalidArgument
+from glasshouse.server.types.hook_points import HookPoint
 from glasshouse.v1 import attribution_pb2 as pb
 from glasshouse.wire import reasons
 
@@ -28,12 +30,18 @@ from .office import Done, Office, same_length
 MOST_STEPS = 4096
 MOST_DICTIONARIES = 64
 MOST_FEATURES = 10_000
-EMBED = "hook_embed"
 
 _METHODS: dict[int, Method] = {
     pb.GRADIENT_METHOD_UNSPECIFIED: "integrated_gradients",
     pb.GRADIENT_METHOD_INTEGRATED_GRADIENTS: "integrated_gradients",
     pb.GRADIENT_METHOD_GRADIENT_X_INPUT: "gradient_x_input",
+}
+
+_STARTS = {
+    "mean_embedding": "that of an input of average tokens",
+    "zeros": "zeros",
+    "baseline_input": "that of the other input",
+    "baseline_activations": "the activations given",
 }
 
 
@@ -52,7 +60,7 @@ class InputAttribution:
         reader = office.reader(model)
         tokens = await reader.prompt(request.input, request.HasField("input"), "input")
         method = gradient_method(request.method)
-        steps = fields.whole(request.steps or 32, "steps", 1, MOST_STEPS)
+        steps = fields.whole(request.steps or 64, "steps", 1, MOST_STEPS)
         make = await MetricReader(model, reader, tokens, at_clean=method == "gradient_x_input").read(
             request.metric, request.HasField("metric")
         )
@@ -63,10 +71,11 @@ class InputAttribution:
         given = None
         if request.HasField("baseline_activations"):
             given = torch.from_numpy(floats(request.baseline_activations, True, "baseline_activations"))
+        baseline = _baseline_of(request, method)
         frozen = freeze(request.freeze)
         call.accepted(len(tokens), ())
         n_gradients = steps if method == "integrated_gradients" else 1
-        await office.affordable(model, n_rows=n_gradients + 2, n_tokens=len(tokens), gradients=True)
+        await office.affordable(model, n_rows=n_gradients + 3, n_tokens=len(tokens), gradients=True)
 
         def work(twin: GradientModel, ticket: Ticket) -> tuple[TokenAttribution, str]:
             name = request.hook_point or EMBED
@@ -86,7 +95,7 @@ class InputAttribution:
                 hook_point=point.name,
                 method=method,
                 steps=steps,
-                baseline=_baseline(twin, request, point.name, len(tokens), other, given),
+                baseline=_baseline(twin, baseline, point, tokens, other, given),
                 freeze=frozen,
                 batch_size=office.costs.batch_size(twin, 0, len(tokens), default=16),
                 progress=ticket,
@@ -106,7 +115,7 @@ class InputAttribution:
                 baseline_value=found.baseline_value,
                 residual=found.residual,
                 hook_point=name,
-                held_fixed=held(frozen, _statement(method, name)),
+                held_fixed=held(frozen, _statement(method, name, baseline)),
                 tensors=announced(arrays),
             )
             yield pb.AttributeTokensResponse(attribution=result)
@@ -255,53 +264,48 @@ def gradient_method(number: int) -> Method:
     return _METHODS[number]
 
 
-def _statement(method: Method, hook_point: str) -> str:
+def _statement(method: Method, hook_point: str, baseline: str) -> str:
+    start = _STARTS[baseline]
     if method == "gradient_x_input":
-        return f"The gradient is that at the input itself, with respect to {hook_point} alone."
-    return f"Gradients are averaged as {hook_point} alone moves from its baseline at every position."
+        at_input = f"The gradient is that at the input itself, with respect to {hook_point} alone"
+        return f"{at_input}, times what there is other than {start}."
+    return f"Gradients are averaged as {hook_point} alone moves from {start} at every position."
+
+
+def _baseline_of(request: pb.AttributeTokensRequest, method: Method) -> str:
+    """The field of `baseline` that counts."""
+    chosen = request.WhichOneof("baseline")
+    if chosen is None or getattr(request, chosen) is False:
+        return "zeros" if method == "gradient_x_input" else "mean_embedding"
+    return str(chosen)
 
 
 def _baseline(
     twin: GradientModel,
-    request: pb.AttributeTokensRequest,
-    hook_point: str,
-    n_tokens: int,
+    chosen: str,
+    hook_point: HookPoint,
+    tokens: Sequence[int],
     other: Sequence[int] | None,
     given: Tensor | None,
-) -> Tensor | None:
-    """(T, D) or (D,); None is zeros."""
+) -> Tensor:
+    """(T, D) or (D,)."""
     if given is not None:
-        width = twin.table.resolve(hook_point).width
-        shapes = ((width,), (n_tokens, width))
+        shapes = ((hook_point.width,), (len(tokens), hook_point.width))
         if tuple(given.shape) not in shapes:
             raise InvalidArgument(
-                f"the baseline has shape {tuple(given.shape)}, {hook_point} takes {shapes[0]} or {shapes[1]}",
+                f"the baseline has shape {tuple(given.shape)}, {hook_point.name} takes {shapes[0]} or {shapes[1]}",
                 reason=reasons.WRONG_WIDTH,
                 field="baseline_activations",
                 value=tuple(given.shape),
                 remedy="give one vector, or one a position",
             )
-        return given.to(twin.loaded.device)
-    with torch.no_grad():
-        if other is not None:
-            run = twin.forward(twin.tokens(other), read=[hook_point])
-            return run.readings[hook_point][0]
-        if not request.mean_embedding:
-            return None
-        if hook_point != EMBED:
-            raise InvalidArgument(
-                f"the mean embedding is a baseline of {EMBED}, not of {hook_point}",
-                reason=reasons.FIELD_CONFLICT,
-                field="mean_embedding",
-                remedy="give a baseline_input or baseline_activations",
-            )
-        ids = torch.arange(twin.loaded.vocab_size)
-        total = torch.zeros(twin.loaded.d_model, device=twin.loaded.device)
-        # Through the model, whatever it does to its embeddings (Gemma scales them); every id is one row of one token.
-        for some in torch.split(ids, 8192):
-            run = twin.forward(twin.tokens(some[:, None]), read=[EMBED])
-            total += run.readings[EMBED][:, 0].sum(0)
-        return total / ids.numel()
+        return given
+    if other is not None:
+        with torch.no_grad():
+            return twin.forward(twin.tokens(other), read=[hook_point.name]).readings[hook_point.name][0]
+    if chosen == "mean_embedding":
+        return average_input(twin, twin.tokens(tokens), hook_point.name)
+    return torch.zeros(hook_point.width)
 
 
 def _dictionaries(model: ServedModel, names: Sequence[str], *, required: bool) -> list[HeldDictionary]:
