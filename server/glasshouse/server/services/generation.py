@@ -33,6 +33,7 @@ from .conditions import abort_conditions, flag_trailers
 from .events import TokenMessages, finished_message, prompt_messages
 from .inputs import InputReader
 from .interventions import interventions, receipts
+from .pacing import Pace
 from .readouts import fill_top_tokens, readouts
 from .tensors import fill
 from .token_strings import TokenStrings
@@ -55,18 +56,17 @@ class GenerationServicer:
         self._catalogue = catalogue
         self._limits = limits
         self._monitors = monitors
-        self._gather_s = streams.gather_ms_per_stream / 1000
-        self._max_gather_s = streams.max_gather_ms / 1000
+        self._streams = streams
 
     async def Generate(self, request: pb.GenerateRequest, call: Call) -> AsyncIterator[pb.GenerateResponse]:
         """The prompt, tokens as they come, the end. Closing the iterator frees the request's place."""
         model = self._catalogue.find(request.model, "model")
         wanted = await self._request(request, model, call)
         pack = TokenMessages(model.strings, self._limits.max_message_bytes).pack
+        pace = Pace(self._streams, wanted.max_tokens)
         watch = self._watch(request, model, call)
         events = model.engine.generate(wanted) if watch is None else model.engine.generate(wanted, watch)
         async with aclosing(events) as batches:
-            held = False
             async for batch in batches:
                 if not batch:
                     continue
@@ -88,15 +88,9 @@ class GenerationServicer:
                     yield finished_message(batch[-1], wanted.sampling.seed)
                     return
                 if tokens:
-                    # The last tokens come without a pause, so that no stream ends late for it.
-                    pause = self._gather_s * call.meter.open_streams
-                    left = wanted.max_tokens - call.generated_tokens
-                    if pause and left > len(tokens):
-                        pause = min(pause, self._max_gather_s)
-                        if held:
-                            # Streams wake on common ticks of the clock, so the loop wakes once for all of them.
-                            await asyncio.sleep(pause - perf_counter() % pause)
-                        held = True
+                    pause_s = pace.pause_s(len(tokens), call.meter.open_streams, perf_counter())
+                    if pause_s:
+                        await asyncio.sleep(pause_s)
 
     async def Score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         """Log-probabilities of one input."""

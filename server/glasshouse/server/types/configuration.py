@@ -88,8 +88,8 @@ class StreamSettings:
 
     A stream's messages are at least `gather_ms_per_stream` milliseconds times the number of open streams
     apart, and never kept more than `max_gather_ms` apart: each message costs the server a fixed amount of
-    work, so many streams send fewer, fuller ones. The first token is never held. 0 sends every token as it
-    comes.
+    work, so many streams send fewer, fuller ones. The first token is never held, nor the last where a stream goes on to
+    its max_tokens. 0 sends every token as it comes.
     """
 
     gather_ms_per_stream: float = 2.0
