@@ -36,6 +36,8 @@ MAX_FLAGS = 64
 MAX_LOGGED = 1 << 20
 # Crossings of one watch that one request reports at most.
 MAX_SIGHTINGS = 32
+# A position beyond any context.
+FOREVER = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,6 +152,9 @@ class RequestWatch:
         self.steers: dict[int, tuple[PreparedIntervention, ...]] = {}
         self.steering: dict[int, tuple[PreparedIntervention, ...]] = {}
         self.steered: set[int] = set()
+        # The positions at which each has been in force, ascending half-open ranges; `n_turns` counts their changes.
+        self.ranges: dict[int, list[tuple[int, int]]] = {}
+        self.n_turns = 0
         self.abort: Abort | None = None
         # The tokens fed, kept where an event's text may be asked for.
         self.prompt: Sequence[int] = ()
@@ -193,8 +198,8 @@ class RequestWatch:
         index, watch = crossing.rule, self.roster.watches[crossing.rule]
         if crossing.raised:
             self._react(index, watch, crossing, position)
-        elif watch.steer_while_on:
-            self.steering.pop(index, None)
+        elif watch.steer_while_on and self.steering.pop(index, None) is not None:
+            self._release(index, position)
         self._n_sightings[index] += 1
         if self._n_sightings[index] > MAX_SIGHTINGS:
             return None
@@ -225,12 +230,26 @@ class RequestWatch:
                 )
             )
         if watch.action is MonitorAction.STEER:
+            if index not in self.steering:
+                self.ranges.setdefault(index, []).append((self._next_fed(position), FOREVER))
+                self.n_turns += 1
             self.steering[index] = self.steers[index]
             self.steered.add(index)
         elif watch.action is MonitorAction.ABORT and self.abort is None:
             self.abort = Abort(
                 monitor=watch.name, position=position, score=crossing.aggregate, threshold=threshold
             )
+
+    def _release(self, index: int, position: int) -> None:
+        low, _ = self.ranges[index].pop()
+        stop = self._next_fed(position)
+        if stop > low:
+            self.ranges[index].append((low, stop))
+        self.n_turns += 1
+
+    def _next_fed(self, position: int) -> int:
+        """The first position that what is seen at `position` can change: a prompt is fed under the edits it began with."""
+        return max(position + 1, len(self.prompt))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -276,6 +295,11 @@ class WatchedPass:
             except Exception as error:
                 roster.breaks(error)
 
+    def give(self, columns: Sequence[int], scores_TC: Floats) -> None:
+        """The scores of some watches over the positions of this pass, which is of one row, computed elsewhere."""
+        (part,) = self._parts
+        part.scoring.give(columns, scores_TC[None])
+
     def conclude_step(self, positions: Sequence[int], token_ids: Sequence[int]) -> bool:
         """Steps the rules over a pass of one generated token a row: `positions` and `token_ids` are the rows'. Returns
         whether edits in force have changed.
@@ -305,7 +329,7 @@ class WatchedPass:
             skipped = np.array([token_ids[row] in roster.skip_token_ids for row in part.rows])
             use_RM = use_RM & ~(skipped[:, None] & roster.skips_M)
             everyone = False
-        for column in roster.columns.pooled:
+        for column in part.scoring.pooling:
             for place in np.flatnonzero(use_RM[:, column]):
                 self._pool(part, int(place), column, np.ones(1, dtype=bool), scores_RM[place : place + 1])
         roster.log.add(scores_RM, use_RM)
@@ -330,7 +354,7 @@ class WatchedPass:
             if roster.skip_token_ids:
                 skipped = np.array([token in roster.skip_token_ids for token in span.token_ids], dtype=bool)
                 use_TM = use_TM & ~(skipped[:, None] & roster.skips_M)
-            for column in roster.columns.pooled:
+            for column in part.scoring.pooling:
                 if use_TM[:, column].any():
                     self._pool(part, place, column, use_TM[:, column], scores_TM)
             roster.log.add(scores_TM, use_TM)

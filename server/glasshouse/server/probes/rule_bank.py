@@ -4,7 +4,7 @@ Legend: S slots, one a request; M rules; B requests of a step; T positions of on
 
 1. `take` gives a request a slot, `free` gives it back.
 2. `step` takes one score a request and rule: what a decoding step makes. Its numbers are those of `aggregation.step`.
-3. `run` takes a prompt's scores at once: the same, but for the last digits of a mean, which is a running sum here.
+3. `run` takes a prompt's scores at once: the same to the last digit, in whatever pieces the prompt comes.
 
 A score that is masked out, or not finite, changes nothing. Not safe to use from several threads at once.
 """
@@ -266,18 +266,11 @@ def _many_more(
     levels: Floats,
 ) -> Floats:
     """The aggregate `v` (M,) of `n` scores after each of T more."""
-    match kind:
-        case Aggregation.MAX:
-            largest: Floats = np.maximum(np.maximum.accumulate(scores_TM, axis=0), v)
-            return largest
-        case Aggregation.MEAN | Aggregation.FRACTION_ABOVE:
-            parts = scores_TM if kind is Aggregation.MEAN else (scores_TM > levels).astype(np.float64)
-            counts_TM = n + 1 + np.arange(len(scores_TM))[:, None]
-            mean: Floats = (v * n + np.cumsum(parts, axis=0)) / counts_TM
-            return mean
-        case Aggregation.EXPONENTIAL:
-            values_TM = np.empty_like(scores_TM)
-            for t, scores in enumerate(scores_TM):
-                v = np.where(n + t == 0, scores, v + weights * (scores - v))
-                values_TM[t] = v
-            return values_TM
+    if kind is Aggregation.MAX:
+        largest: Floats = np.maximum(np.maximum.accumulate(scores_TM, axis=0), v)
+        return largest
+    # One after the other, as steps do it: the numbers do not depend on the pieces that a prompt came in.
+    values_TM = np.empty(scores_TM.shape)
+    for t, scores in enumerate(scores_TM):
+        values_TM[t] = v = _one_more(kind, scores, v, n + t, weights, levels)
+    return values_TM

@@ -214,11 +214,20 @@ class ScorePass:
     _width: int = 0
     _parts: dict[str, Tensor] = field(default_factory=dict)
     _scores: list[tuple[tuple[int, ...], Tensor]] = field(default_factory=list)
+    _given: tuple[Sequence[int], Floats] | None = None
 
     def begin(self) -> None:
         """Forgets the pass before."""
         self._parts.clear()
         self._scores.clear()
+        self._given = None
+
+    def give(self, columns: Sequence[int], scores_RTC: Floats) -> None:
+        """Takes the scores of some columns from whoever has computed them. Where every column is given, or of no
+        interest, no hook point need be read.
+        """
+        self._given = columns, scores_RTC
+        self._width = scores_RTC.shape[1]
 
     def at(self, name: str, tensor_BTW: Tensor, *, may_change: bool) -> None:
         """Reads the live activation at a hook point, after its edits. `may_change`: something later in the pass may write
@@ -246,9 +255,10 @@ class ScorePass:
     def scores(self) -> Floats:
         """(rows, T, M); NaN in the columns of probes that pool."""
         joint = self.columns.joint
-        if self.one_token and joint is not None:
+        given = self._given
+        if self.one_token and joint is not None and (self._parts or given is None):
             found = joint.score([self._parts[name] for name in joint.points])
-            if len(joint.columns) == self.columns.n_columns:
+            if len(joint.columns) == self.columns.n_columns and given is None:
                 return self._host(found)
             self._scores.append((joint.columns, found))
         whole = np.full((self.n_rows, self._width, self.columns.n_columns), np.nan)
@@ -256,11 +266,20 @@ class ScorePass:
             joined = torch.cat([found.float() for _, found in self._scores], dim=1)
             where = [column for columns, _ in self._scores for column in columns]
             whole[:, :, where] = self._host(joined)
+        if given is not None:
+            whole[:, :, list(given[0])] = given[1]
         return whole
 
     def _host(self, scores_NC: Tensor) -> Floats:
         host: Floats = scores_NC.cpu().numpy()
         return host.reshape(self.n_rows, self._width, -1)
+
+    @property
+    def pooling(self) -> Iterable[int]:
+        """The columns that `pooled` is to be asked for."""
+        if self._given is None:
+            return self.columns.pooled
+        return [column for column in self.columns.pooled if column not in self._given[0]]
 
     def pooled(self, place: int, column: int, chosen_T: Masks, pools: dict[int, RunningPool]) -> Floats:
         """The scores (n chosen,) of a pooling probe at the chosen columns of the `place`-th row, whose pools are given."""

@@ -15,7 +15,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,18 +64,28 @@ from glasshouse.server.types.models import ModelInfo
 from glasshouse.server.types.readouts import Array, ReadoutValue, TopTokens
 from glasshouse.wire import reasons
 
-from .contract import EXTRA_ARG, BootReport, RequestPlan, cache_salt, pack_plan, plan_request, probes_of
+from .contract import (
+    EXTRA_ARG,
+    BootReport,
+    RequestPlan,
+    Steering,
+    cache_salt,
+    pack_plan,
+    plan_request,
+    probes_of,
+)
 from .contract.settings import CONNECT, LOAD_DICTIONARY
 from .gateway import arguments, environment
-from .gateway.admission import EditSlots, Gate
+from .gateway.admission import EditSlots, Gate, Opened
 from .gateway.bulk import windowed
 from .gateway.channel import ReportChannel
 from .gateway.join import Join, JoinSettings
 from .gateway.looking import Looking
 from .gateway.probes import WorkerProbes
+from .gateway.reach import with_reach
 from .gateway.sampling import forward_params, generation_params, top_tokens
 from .gateway.statistics import Statistics
-from .gateway.watching import WatchedRequest
+from .gateway.watching import WatchedRequest, check_steering
 
 _log = structlog.get_logger(__name__)
 CAPABILITIES = (
@@ -93,7 +103,6 @@ CAPABILITIES = (
 # Below this a model is computed on one thread: see the transformers engine.
 _SMALL_PARAMETERS = 50_000_000
 _SHUTDOWN_S = 3.0
-_UNREACHED = "not reached by the vllm engine"
 NOTHING: Mapping[int, ReadoutValue] = {}
 
 
@@ -201,7 +210,7 @@ class VllmEngine(Engine):
 
     def _reach(self, sites: frozenset[str]) -> None:
         """Takes the hook points that the workers reach."""
-        self._table = HookTable(_with_reach(self._outlined, sites))
+        self._table = HookTable(with_reach(self._outlined, sites))
         self._preparation = Preparation(
             info=self._info,
             table=self._table,
@@ -347,16 +356,14 @@ class VllmEngine(Engine):
     async def steering(
         self, interventions: Sequence[Intervention], *, field: str
     ) -> tuple[Intervention, ...]:
-        """Refused: a monitor cannot change what a step of vLLM is about to do."""
-        if not interventions:
-            return ()
-        raise FailedPrecondition(
-            "monitors do not steer on the vllm engine",
-            reason=reasons.CAPABILITY_MISSING,
-            field=field,
-            value="steer",
-            remedy="put the condition on an intervention of the request, or serve the model with --engine transformers",
-        )
+        """Edits that a watch may steer with; see `Engine`."""
+        if interventions and self._join_settings is not None:
+            check_steering(
+                speculating=self._join_settings.speculating,
+                n_stages=len(self._join_settings.reporters),
+                field=field,
+            )
+        return await watch_sources.steering(self._preparation, self.concepts, interventions, field=field)
 
     async def _on_workers(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:
         """Runs a method of ours on every worker; their answers."""
@@ -414,7 +421,11 @@ class VllmEngine(Engine):
         check.check_bytes(readouts, n_fed=n_fed, field="readouts")
         looking = Looking(
             check.abort_when(request.abort_when, prompt=prompt, n_fed=n_fed, concepts=concepts),
-            None if watch is None else WatchedRequest(watch, prompt, n_fed, self._table),
+            None
+            if watch is None
+            else WatchedRequest(
+                watch, prompt, n_fed, self._table, lambda some: check.edits(some, prompt=prompt, n_fed=n_fed)
+            ),
         )
         events: list[GenerationEvent] = []
         transcript = Transcript(
@@ -423,7 +434,7 @@ class VllmEngine(Engine):
             eos_token_ids=self._info.eos_token_ids,
             put=lambda event, _: events.append(event),
         )
-        prepared = await self._prepared(prompt, edits, (*readouts, *looking.readouts))
+        prepared = await self._prepared(prompt, edits, (*readouts, *looking.readouts), looking.steering)
         params = generation_params(
             request, sorted(transcript.end_tokens), prepared.extra, recompute_prompt=prepared.recompute_prompt
         )
@@ -474,7 +485,7 @@ class VllmEngine(Engine):
             assert ending is not None, "vLLM's outputs end with the generation"
             # The last token is never fed; of a generation that was aborted it was not taken.
             n_fed = len(token_ids) - (ending.abort is None)
-            receipt = () if join is None else await join.receipt(token_ids, n_fed)
+            receipt = () if join is None else await join.receipt(token_ids, n_fed, looking.steered)
             transcript.finish(ending, receipt, flags=looking.flags)
             yield events
 
@@ -566,35 +577,42 @@ class VllmEngine(Engine):
         prompt: Sequence[int],
         edits: tuple[PreparedIntervention, ...],
         readouts: tuple[PreparedReadout, ...],
+        steering: Steering | None = None,
     ) -> _Prepared:
         if not edits and not readouts:
             return _Prepared()
         assert self._channel is not None, "the engine has started"
+        probes = probes_of(edits, readouts, steering)
         plan = plan_request(
             self._channel.new_tag(),
             len(prompt),
             edits,
             readouts,
             dictionary_keys=self._dictionary_keys,
-            probe_keys=await self._probes.keys(probes_of(edits, readouts)),
+            probe_keys=await self._probes.keys(probes),
+            steering=steering,
         )
         return _Prepared(
             plan=plan,
             edits=edits,
             readouts=readouts,
-            salt=cache_salt(edits, dictionary_keys=self._dictionary_keys, epoch=self._salt_epoch),
+            salt=cache_salt(
+                edits,
+                dictionary_keys=self._dictionary_keys,
+                epoch=self._salt_epoch,
+                steering=steering,
+                watches=plan.watches,
+            ),
             recompute_prompt=plan.reads_prompt,
         )
 
     @asynccontextmanager
-    async def _opened(
-        self, prompt: Sequence[int], prepared: _Prepared, params: Any
-    ) -> AsyncIterator[_Opened]:
+    async def _opened(self, prompt: Sequence[int], prepared: _Prepared, params: Any) -> AsyncIterator[Opened]:
         """The request in vLLM; leaving aborts what is left of it."""
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        opened = _Opened(gate=self._gate)
+        opened = Opened(gate=self._gate)
         self._gate.n_open += 1
         try:
             async with AsyncExitStack() as stack:
@@ -636,7 +654,7 @@ class VllmEngine(Engine):
         stack.callback(self._channel.close, join)
         return join
 
-    async def _fed(self, opened: _Opened) -> Any:
+    async def _fed(self, opened: Opened) -> Any:
         """Runs forward-only work; vLLM's only output."""
         outputs = [output async for output in opened.outputs]
         opened.started()
@@ -647,40 +665,8 @@ class VllmEngine(Engine):
         return outputs[-1]
 
 
-@dataclass(eq=False, kw_only=True)
-class _Opened:
-    """A request in vLLM."""
-
-    gate: Gate
-    outputs: Any = None
-    join: Join | None = None
-    _started: bool = False
-
-    def started(self) -> None:
-        """Its first token has come."""
-        if not self._started:
-            self._started = True
-            self.gate.n_started += 1
-
-    def close(self) -> None:
-        """It is over."""
-        self.gate.n_open -= 1
-        self.gate.n_started -= self._started
-
-
-async def _receipt(opened: _Opened, tokens: Sequence[int]) -> tuple[InterventionReceipt, ...]:
+async def _receipt(opened: Opened, tokens: Sequence[int]) -> tuple[InterventionReceipt, ...]:
     return () if opened.join is None else await opened.join.receipt(tokens, len(tokens))
-
-
-def _with_reach(outlined: LoadedModel, sites: frozenset[str]) -> LoadedModel:
-    """The model with only `sites` to be read and edited."""
-    taps = tuple(
-        tap
-        if tap.point.name in sites
-        else replace(tap, point=replace(tap.point, readable=False, writable=False, note=_UNREACHED))
-        for tap in outlined.family.taps
-    )
-    return replace(outlined, family=replace(outlined.family, taps=taps))
 
 
 def _too_slow(n_events: int) -> ServingError:

@@ -11,15 +11,14 @@
    ends with the receipt that `ledger.Ledger` counts.
 """
 
+from .clauses import Clause, clause_of
 from .ledger import Ledger
 from .messages import Ran, RowBlock, StepError, StepReport, pack_report, unpack_report
 from .plan import (
-    Clause,
     ConditionPlan,
     EditPlan,
     ReadoutPlan,
     RequestPlan,
-    clause_of,
     pack_plan,
     plan_request,
     probes_of,
@@ -27,10 +26,12 @@ from .plan import (
 )
 from .salt import cache_salt
 from .settings import EXTRA_ARG, PLUGIN_VERSION, BootReport, WorkerSettings, engine_arguments
+from .watches import SCORES, Steering, WatchPlan
 
 __all__ = [
     "EXTRA_ARG",
     "PLUGIN_VERSION",
+    "SCORES",
     "BootReport",
     "Clause",
     "ConditionPlan",
@@ -40,8 +41,10 @@ __all__ = [
     "ReadoutPlan",
     "RequestPlan",
     "RowBlock",
+    "Steering",
     "StepError",
     "StepReport",
+    "WatchPlan",
     "WorkerSettings",
     "cache_salt",
     "clause_of",

@@ -8,10 +8,12 @@ drafts) count once; those taken from the prefix cache ran before, under the same
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from .plan import Clause, EditPlan
+from .clauses import Clause
+from .plan import EditPlan
+from .watches import Ranges, within
 
 
 @dataclass
@@ -27,6 +29,19 @@ class Ledger:
         """Books `count` positions from `start` at which edits were applied `applied` times in all."""
         self.runs.append((start, count, applied))
         self.frontier = max(self.frontier, start + count)
+
+    def steered(self, in_force: Mapping[int, Ranges], n_known: int) -> None:
+        """Says where each watch's edits were due, by index of the watch, as far as position `n_known`: what the worker ran
+        beyond came of scores that nobody has looked at here, for the request had ended.
+        """
+        if any(edit.watch >= 0 for edit in self.edits):
+            self.edits = [
+                edit
+                if edit.watch < 0
+                else replace(edit, clause=within(edit.clause, in_force.get(edit.watch, ())))
+                for edit in self.edits
+            ]
+            self.runs = [run for run in self.runs if run[0] + run[1] <= n_known]
 
     def first_mismatch(self, token_ids: Sequence[int]) -> tuple[int, int, int, int] | None:
         """(start, count, applied, expected) of the first run whose count is not what the clauses say; None: all agree.

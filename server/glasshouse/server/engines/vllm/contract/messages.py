@@ -60,6 +60,7 @@ class RowBlock:
                         features come in the order asked, none empty
     kind "lens":        (token ids int32 (n, k), log-probabilities float32 (n, k)), descending
     kind "probe":       (scores float32 (n, C),)
+    kind "scores":      (scores float64 (n, M),) of the M watches that may steer the request; NaN where none was made
     kind "steered":     (bool (n,),), whether a conditional edit was made at a position it was applied at: `readouts`
                         holds the edit's index
     """

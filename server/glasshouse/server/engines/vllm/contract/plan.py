@@ -25,25 +25,16 @@ from glasshouse.server.interventions.features import PreparedFeatureEdit
 from glasshouse.server.probes.served import ServedProbe
 from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.conditions import ProbeOutput
-from glasshouse.server.types.selectors import ResolvedPositions
+
+from .clauses import Clause, clause_of
+from .watches import FIRST_EDIT, SCORES, Steering, WatchPlan
 
 EditKind = Literal["add", "project", "rotate", "replace", "features"]
-ReadoutKind = Literal["activations", "features", "lens", "probe"]
+ReadoutKind = Literal["activations", "features", "lens", "probe", "scores"]
 ScoreKind = Literal["affine", "column", "feature"]
 
 # Positions beyond any context.
 FOREVER = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clause:
-    """Positions as ascending disjoint half-open ranges; excluded prompt positions are already taken out. From
-    `n_prompt` on a token of `excluded_token_ids` is left out wherever it is fed.
-    """
-
-    ranges: tuple[tuple[int, int], ...]
-    excluded_token_ids: tuple[int, ...] = ()
-    n_prompt: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +68,8 @@ class EditPlan:
     factors: tuple[float, ...] = ()
     offsets: tuple[float, ...] = ()
     condition: int = -1
+    # The watch of the request that it waits for, by index; -1: it is in force from the start.
+    watch: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +112,7 @@ class ReadoutPlan:
     kind "features":    `top_k` strongest, or `feature_ids`, of `dictionary` read at `sites`
     kind "lens":        the `top_k` likeliest tokens of unembed(final_norm(s)) at `sites[0]`
     kind "probe":       the scores of `probe` at `sites`, its log-odds where `margin`
+    kind "scores":      the scores of the plan's watches at `sites`; of every position once, when it first runs
 
     A probe that pools over positions is read as "activations": what counts is decided where the tokens are known to stay.
     """
@@ -147,6 +141,8 @@ class RequestPlan:
     readouts: tuple[ReadoutPlan, ...] = ()
     # Edits name them by index.
     conditions: tuple[ConditionPlan, ...] = ()
+    # The monitors that may steer it; edits name them by index too.
+    watches: tuple[WatchPlan, ...] = ()
 
     @property
     def n_edits(self) -> int:
@@ -170,24 +166,6 @@ class RequestPlan:
         return any(low < self.n_prompt - 1 for clause in clauses for low, _ in clause.ranges)
 
 
-def clause_of(positions: ResolvedPositions) -> Clause:
-    """Resolved positions as ranges alone."""
-    ranges: list[tuple[int, int]] = []
-    for low, high in positions.ranges:
-        start = low
-        for gap in sorted(p for p in positions.excluded if low <= p < high):
-            if gap > start:
-                ranges.append((start, gap))
-            start = gap + 1
-        if high > start:
-            ranges.append((start, high))
-    return Clause(
-        ranges=tuple(ranges),
-        excluded_token_ids=tuple(sorted(positions.excluded_token_ids)),
-        n_prompt=positions.n_prompt,
-    )
-
-
 def plan_request(
     tag: int,
     n_prompt: int,
@@ -197,8 +175,9 @@ def plan_request(
     dictionary_keys: Mapping[str, str],
     vector_keys: Mapping[int, tuple[str, ...]] | None = None,
     probe_keys: Mapping[int, str] | None = None,
+    steering: Steering | None = None,
 ) -> RequestPlan:
-    """The plan of a request that `engines.preparation` has checked.
+    """The plan of a request that `engines.preparation` has checked; `steering`: of the monitors that may steer it.
 
     `dictionary_keys`: from a dictionary's name to the key it was loaded under. `vector_keys`: from an edit's index to the
     resident vectors that it uses instead of its own. `probe_keys`: from the `id` of a probe (as readouts and
@@ -210,20 +189,33 @@ def plan_request(
         if edit.condition is not None:
             conditions.setdefault(id(edit.condition), edit.condition)
     places = {key: place for place, key in enumerate(conditions)}
+    dormant: tuple[EditPlan, ...] = ()
+    if steering is not None:
+        waiting = [(watch, edit) for watch, own in enumerate(steering.edits) for edit in own]
+        dormant = tuple(
+            replace(_edit(edit, dictionary_keys, (), places), index=FIRST_EDIT + place, watch=watch)
+            for place, (watch, edit) in enumerate(waiting)
+        )
+    own = tuple(_edit(edit, dictionary_keys, resident.get(edit.index, ()), places) for edit in edits)
     return RequestPlan(
         tag=tag,
         n_prompt=n_prompt,
-        edits=tuple(_edit(edit, dictionary_keys, resident.get(edit.index, ()), places) for edit in edits),
+        edits=own + dormant,
         readouts=tuple(_readout(readout, dictionary_keys, probes) for readout in readouts),
         conditions=tuple(_condition(each, dictionary_keys, probes) for each in conditions.values()),
+        watches=() if steering is None else steering.plans(dictionary_keys, probes),
     )
 
 
 def probes_of(
-    edits: Sequence[PreparedIntervention], readouts: Sequence[PreparedReadout]
+    edits: Sequence[PreparedIntervention],
+    readouts: Sequence[PreparedReadout],
+    steering: Steering | None = None,
 ) -> tuple[ServedProbe, ...]:
     """The probes that workers must hold for a request, each once."""
     found: dict[int, ServedProbe] = {}
+    for probe in () if steering is None else steering.probes:
+        found[id(probe)] = probe
     for edit in edits:
         if edit.condition is not None and isinstance(edit.condition.score, ColumnScore):
             found[id(edit.condition.score.probe)] = edit.condition.score.probe
@@ -312,12 +304,14 @@ def _condition(
                 plan, kind="feature", dictionary=keys[dictionary.facts.name], feature=feature, source=source
             )
         case Switch():
-            raise AssertionError("a switch is thrown by watches, which this engine has none of")
+            raise AssertionError("a switch has no plan: the edits of watches wait for their ranges")
 
 
 def _readout(readout: PreparedReadout, keys: Mapping[str, str], probes: Mapping[int, str]) -> ReadoutPlan:
     clause = clause_of(readout.positions)
     sites = tuple(point.name for point in readout.points)
+    if readout.index == SCORES:
+        return ReadoutPlan(index=SCORES, kind="scores", clause=clause, sites=sites)
     reading = readout.reading
     if reading is not None:
         plan = ReadoutPlan(index=readout.index, kind="activations", clause=clause, sites=sites)

@@ -10,11 +10,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from glasshouse.server.types.errors import ResourceExhausted
 from glasshouse.wire import reasons
 
 from ..contract import RequestPlan
+from .join import Join
 
 
 class EditSlots:
@@ -116,3 +119,24 @@ class Gate:
                 remedy="try again in a moment",
                 retry_after_s=1.0,
             )
+
+
+@dataclass(eq=False, kw_only=True)
+class Opened:
+    """A request in vLLM."""
+
+    gate: Gate
+    outputs: Any = None
+    join: Join | None = None
+    _started: bool = False
+
+    def started(self) -> None:
+        """Its first token has come."""
+        if not self._started:
+            self._started = True
+            self.gate.n_started += 1
+
+    def close(self) -> None:
+        """It is over."""
+        self.gate.n_open -= 1
+        self.gate.n_started -= self._started

@@ -24,10 +24,12 @@ from glasshouse.wire import reasons
 
 from ..contract import Ledger, RequestPlan, StepError
 from ..contract.messages import NOT_APPLIED, OVERFLOW, PLAN_REFUSED
+from ..contract.watches import Ranges
 from .reading import Reading, n_bytes_of
 from .statistics import Statistics
 
 _log = structlog.get_logger(__name__)
+NOWHERE: Mapping[int, Ranges] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +185,11 @@ class Join:
             return True
         return self._run_start > position or not self._unclosed
 
-    async def receipt(self, token_ids: Sequence[int], n_fed: int) -> tuple[InterventionReceipt, ...]:
-        """What was applied at the `n_fed` positions of `token_ids` that were fed.
+    async def receipt(
+        self, token_ids: Sequence[int], n_fed: int, steered: Mapping[int, Ranges] = NOWHERE
+    ) -> tuple[InterventionReceipt, ...]:
+        """What was applied at the `n_fed` positions of `token_ids` that were fed. `steered`: where the edits of each
+        watch of the plan were due; nothing is reported of them, but they too are applied wherever they are due.
 
         Raises:
             FailedPrecondition: an edit ran at fewer positions than its selector covers, or at more.
@@ -197,6 +202,7 @@ class Join:
             await self._until(lambda: not self._unclosed, "the account of the conditions did not come")
         applied: dict[int, int] = {}
         for ledger in self._ledgers.values():
+            ledger.steered(steered, n_fed)
             mismatch = ledger.first_mismatch(token_ids)
             if mismatch is not None:
                 start, count, found, expected = mismatch

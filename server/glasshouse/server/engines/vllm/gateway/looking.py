@@ -9,6 +9,8 @@ from glasshouse.server.readouts.prepared import PreparedReadout
 from glasshouse.server.types.conditions import Abort, MonitorFlag
 from glasshouse.server.types.readouts import PromptReadout, ReadoutValue
 
+from ..contract import Steering
+from ..contract.watches import Ranges
 from .watching import WatchedRequest
 
 
@@ -22,11 +24,18 @@ class Looking:
         if watched is not None:
             self.readouts += watched.readouts
         self.looks = bool(self.readouts)
+        # What monitors may steer by.
+        self.steering: Steering | None = None if watched is None else watched.steering
 
     @property
     def flags(self) -> tuple[MonitorFlag, ...]:
         """What monitors flagged."""
         return () if self._watched is None else self._watched.flags
+
+    @property
+    def steered(self) -> Mapping[int, Ranges]:
+        """Where each watch of `steering` has had its edits in force."""
+        return {} if self._watched is None else self._watched.steered
 
     def over_prompt(self, readouts: Sequence[PromptReadout]) -> Abort | None:
         """Sees the prompt; what ends the generation."""

@@ -89,7 +89,7 @@ class Reading:
         if reading is not None and self._pool is not None:
             return ProbeScores(_pooled(reading, self._pool, parts[0][None])[0])
         match self._kind:
-            case "activations":
+            case "activations" | "scores":
                 return parts[0]
             case "probe":
                 return ProbeScores(parts[0])

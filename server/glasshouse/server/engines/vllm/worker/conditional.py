@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.engines.vllm.contract import plan as contract
+from glasshouse.server.engines.vllm.contract.clauses import Clause
 from glasshouse.server.engines.vllm.contract.messages import RowBlock
 from glasshouse.server.interventions.conditions import (
     AffineScore,
@@ -59,7 +60,7 @@ def point(name: str, width: int) -> HookPoint:
     )  # fmt: skip
 
 
-def positions_of(clause: contract.Clause) -> ResolvedPositions:
+def positions_of(clause: Clause) -> ResolvedPositions:
     """A clause as planning takes it."""
     return ResolvedPositions(
         ranges=clause.ranges,

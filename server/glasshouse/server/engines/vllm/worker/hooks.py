@@ -40,6 +40,7 @@ from .junctions import Junction
 from .planning import Answer, HookedBatch, Sites, StepPlan, plan_step
 from .reporter import Reporter
 from .requests import InstalledRequest, Question, Questions, install, uninstall
+from .steering import Rosters
 from .tables import EditTable, VectorTable
 
 Array = np.ndarray
@@ -76,6 +77,7 @@ class Hooks:
         self._edits = EditTable(settings.max_edits)
         self._vectors = VectorTable(settings.max_vectors, settings.max_resident_vectors, width, device)
         self._questions = Questions()
+        self._rosters = Rosters()
         self._dictionaries: dict[str, Dictionary] = {}
         self._probes: dict[str, ServedProbe] = {}
         self._requests: dict[str, InstalledRequest] = {}
@@ -92,6 +94,8 @@ class Hooks:
         # What the last plan was made for.
         self._last_ids: list[str] = []
         self._last_starts: Array = np.empty(0, dtype=np.int64)
+        # Of the step that runs.
+        self._token_ids: Callable[[], Array] = lambda: np.empty(0, dtype=np.int64)
         self._step = 0
         self.counters = dict.fromkeys(
             ("steps_hooked", "steps_planned", "requests_installed", "requests_failed"), 0
@@ -158,7 +162,7 @@ class Hooks:
     def is_edited(self, req_id: str) -> bool:
         """Whether a request has edits."""
         request = self._requests.get(req_id)
-        return request is not None and bool(request.slots or request.feature_edits or request.conditional)
+        return request is not None and request.edited
 
     def prepare(self, batch: StepBatch) -> None:
         """Plans the forward pass that comes now."""
@@ -172,6 +176,7 @@ class Hooks:
         if plan is None:
             junctions.clear()
         else:
+            self._token_ids = batch.token_ids
             self._set_junctions(plan)
 
     def finish(self) -> None:
@@ -196,6 +201,8 @@ class Hooks:
             blocks: list[RowBlock] = []
             if plan.conditional is not None and (steered := plan.conditional.steered(plan.age)) is not None:
                 blocks.append(steered)
+            if plan.watched:
+                blocks += self._conclude(plan, captured)
         except Exception as error:
             self._fail_all(plan.members, NOT_APPLIED, f"the step could not be completed: {said(error)}")
             self._deliver()
@@ -232,6 +239,7 @@ class Hooks:
                 questions=self._questions,
                 dictionaries=self._dictionaries,
                 probes=self._probes,
+                rosters=self._rosters,
             )
             self._armed.append(tag)
             self.counters["requests_installed"] += 1
@@ -349,6 +357,23 @@ class Hooks:
                 self._fail(plan.members[place], NOT_APPLIED, f"{type(action).__name__} failed: {said(error)}")
         self._failures.clear()
         return failed
+
+    def _conclude(self, plan: StepPlan, captured: Mapping[int, Tensor]) -> list[RowBlock]:
+        """Lets monitors that steer decide on the next pass; the scores that they decided by."""
+        blocks = []
+        for watched in plan.watched:
+            if any(site not in captured for site in watched.sites):
+                continue  # it did not fire: its requests have failed
+            try:
+                block, changed = watched.conclude(captured, self._token_ids, plan.age)
+            except Exception as error:
+                self._fail_all(watched.requests, NOT_APPLIED, f"monitors could not steer: {said(error)}")
+                continue
+            if changed:
+                self._last_ids = []
+            if block is not None:
+                blocks.append(block)
+        return blocks
 
     def _ran(self, plan: StepPlan) -> Ran:
         return Ran(

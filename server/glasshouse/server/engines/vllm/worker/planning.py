@@ -43,6 +43,7 @@ from .requests import (
     FeatureEdit,
     InstalledRequest,
 )
+from .steering import WatchedRows
 from .tables import EditTable
 
 Array = np.ndarray
@@ -116,6 +117,8 @@ class StepPlan:
     # Steps since it was made: positions have moved on by as many.
     age: int = 0
     conditional: ConditionalPlan | None = None
+    # What monitors that steer look at after the pass.
+    watched: list[WatchedRows] = field(default_factory=list)
 
     def remember(self) -> None:
         """Tells requests with conditions how far the passes under this plan have run them."""
@@ -336,11 +339,12 @@ def _replacements(batch: HookedBatch, expanded: _Expanded, edits: EditTable, vec
         if table is None:
             continue
         request = batch.members[expanded.of_segment[index]]
-        own = request.edit_segments[request.edit_segments[:, SLOT] == segment[SLOT]]
-        before = own[own[:, LOW] < segment[LOW]]
-        base = int((before[:, HIGH] - before[:, LOW]).sum())
+        # Of the edit as it was asked for: where a monitor steers, a part of it may be in force.
+        every = request.edit_segments if request.steering is None else request.steering.segments
+        own = every[every[:, SLOT] == segment[SLOT]]
         mine = expanded.owner == index
-        vector_rows[mine, 0] = table[base + expanded.positions[mine] - segment[LOW]]
+        beyond = np.maximum(expanded.positions[mine, None] - own[:, LOW], 0)
+        vector_rows[mine, 0] = table[np.minimum(beyond, own[:, HIGH] - own[:, LOW]).sum(1)]
 
 
 def _plan_features(
@@ -468,6 +472,7 @@ def _plan_readouts(plan: StepPlan, batch: HookedBatch, sites: Sites, device: tor
             )
             answers[question] = (answer, [])
         answers[question][1].append((site, expanded.rows))
+    watching = {m.scores_question for m in batch.members if m.steering is not None}
     captured: dict[int, Array] = {}
     for site, rows in wanted.items():
         unique = np.unique(np.concatenate(rows)) if len(rows) > 1 else np.unique(rows[0])
@@ -484,7 +489,10 @@ def _plan_readouts(plan: StepPlan, batch: HookedBatch, sites: Sites, device: tor
             whole = len(own) == len(unique) and bool((own == unique).all())
             place = None if whole else torch.from_numpy(np.searchsorted(unique, own)).to(device)
             answer.places.append(place)
-        plan.answers.append(answer)
+        if answer.question in watching:
+            plan.watched.append(WatchedRows.of(answer, at, batch.members))
+        else:
+            plan.answers.append(answer)
 
 
 def _valid_steps(batch: HookedBatch) -> int:

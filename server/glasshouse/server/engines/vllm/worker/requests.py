@@ -10,13 +10,15 @@ from typing import TypeVar
 import numpy as np
 
 from glasshouse.server.dictionaries.dictionary import Dictionary
-from glasshouse.server.engines.vllm.contract.plan import Clause, EditPlan, RequestPlan
+from glasshouse.server.engines.vllm.contract import Clause, EditPlan, RequestPlan
+from glasshouse.server.engines.watching import Roster
 from glasshouse.server.interventions.edits import PreparedIntervention
 from glasshouse.server.interventions.features import PreparedFeatureEdit
 from glasshouse.server.probes.served import ServedProbe
 
 from . import conditional
 from .conditional import ConditionalEdits
+from .steering import Rosters, SteeredRequest, steered_request
 from .tables import EditTable, VectorTable
 
 Array = np.ndarray
@@ -56,6 +58,7 @@ class Question:
     feature_ids: tuple[int, ...]
     probe: ServedProbe | None
     margin: bool
+    roster: Roster | None = None
 
 
 class Questions:
@@ -108,7 +111,16 @@ class InstalledRequest:
     # Its edits where some are under conditions; then the tables hold none of it. `by_token`: their clauses ask for tokens.
     conditional: ConditionalEdits | None = None
     by_token: bool = False
+    # The monitors that may steer it; what lies here of its edits is then what is in force.
+    steering: SteeredRequest | None = None
+    scores_question: int = -1
     failed: bool = False
+
+    @property
+    def edited(self) -> bool:
+        """Whether any position has been edited, or will be whatever comes."""
+        begun = self.steering is not None and self.steering.begun
+        return bool(len(self.edit_segments) or self.feature_edits or self.conditional or begun)
 
 
 def install(
@@ -120,15 +132,21 @@ def install(
     questions: Questions,
     dictionaries: Mapping[str, Dictionary],
     probes: Mapping[str, ServedProbe],
+    rosters: Rosters,
 ) -> InstalledRequest:
     """Takes slots for `plan`. What lies on other pipeline stages is left to them. Raises with nothing taken."""
     installed = InstalledRequest(tag=plan.tag, n_prompt=plan.n_prompt)
     try:
+        if plan.watches:
+            roster = rosters.of(plan.watches, width=vectors.width, dictionaries=dictionaries, probes=probes)
+            installed.steering = steered_request(plan, roster)
         if plan.conditions:
             _install_conditional(installed, plan, sites, vectors, dictionaries, probes)
         else:
             _install_edits(installed, plan, sites, edits, vectors, dictionaries)
         _install_readouts(installed, plan, sites, questions, dictionaries, probes)
+        if installed.steering is not None:
+            installed.steering.put_in_force(installed)
     except BaseException:
         uninstall(installed, edits=edits, vectors=vectors, questions=questions)
         raise
@@ -157,6 +175,8 @@ def _install_edits(
     dictionaries: Mapping[str, Dictionary],
 ) -> None:
     segments: list[tuple[int, int, int, int, int, int]] = []
+    watches: list[int] = []
+    steering = installed.steering
     turns: dict[str, int] = {}
     for edit in plan.edits:
         touched = list(dict.fromkeys((*edit.sites_in, *edit.sites_out)))
@@ -168,7 +188,10 @@ def _install_edits(
         installed.volatile = installed.volatile or excluded.size > 0
         if edit.kind == "features":
             prepared = conditional.feature_edit(edit, _known(dictionaries, edit.dictionary))
-            installed.feature_edits.append(FeatureEdit(clause=edit.clause, prepared=prepared, turns=at))
+            ready = FeatureEdit(clause=edit.clause, prepared=prepared, turns=at)
+            installed.feature_edits.append(ready)
+            if steering is not None:
+                steering.features.append((edit.watch, ready))
             continue
         slot = edits.slots.take(1)[0]
         installed.slots.append(slot)
@@ -184,7 +207,10 @@ def _install_edits(
         name = edit.sites_out[0]
         for low, high in edit.clause.ranges:
             segments.append((slot, sites[name], at[name], _KINDS[edit.kind], low, high))
+            watches.append(edit.watch)
     installed.edit_segments = np.array(segments, dtype=np.int64).reshape(-1, 6)
+    if steering is not None:
+        steering.segments, steering.watch_S = installed.edit_segments, np.array(watches, dtype=np.int64)
 
 
 def _install_conditional(
@@ -220,6 +246,8 @@ def _install_conditional(
         if edit.condition >= 0:
             conditional.condition_steered(ready, conditions[edit.condition])
         edits.append(ready)
+        if installed.steering is not None:
+            installed.steering.conditional.append((edit.watch, edit.clause, ready))
     if edits:
         installed.by_token = any(edit.clause.excluded_token_ids for edit in plan.edits) or any(
             condition.clause.excluded_token_ids for condition in plan.conditions
@@ -250,9 +278,14 @@ def _install_readouts(
             feature_ids=readout.feature_ids,
             probe=_known(probes, readout.probe) if readout.probe else None,
             margin=readout.margin,
+            roster=None
+            if installed.steering is None or readout.kind != "scores"
+            else installed.steering.roster,
         )
         number = questions.ask(question)
         installed.questions.append(number)
+        if question.roster is not None:
+            installed.scores_question = number
         if readout.clause.excluded_token_ids:
             installed.volatile = True
             installed.read_excluded_tokens[readout.index] = np.array(
