@@ -493,13 +493,17 @@ def test_a_circuit_is_the_one_found_here(
     assert heard[-1].phase == "done" or heard[-1].fraction == 1.0
 
 
-def test_an_estimate_bounds_what_comes(model: Model, graph: AttributionGraph) -> None:
+def test_an_estimate_bounds_what_comes(client: Client, model: Model, graph: AttributionGraph) -> None:
     found = model.estimate_attribution_graph(CLEAN)
     assert found.active_features == graph.info.n_active_features
     assert found.size >= graph.n_nodes and not found.refusal
     assert found.memory_bytes > 12 * graph.info.n_edges
     search = model.estimate_circuit(CLEAN, CORRUPT, threshold=0.1)
-    assert search.passes >= search.size > 1000
+    assert search.passes_upper_bound >= search.size > 1000
+    assert 0 < search.seconds <= search.seconds_upper_bound
+    circuit = model.discover_circuit(CLEAN, CORRUPT, threshold=0.1).result(timeout=120)
+    assert 0.5 < search.passes / circuit.n_passes < 2 < search.passes_upper_bound / circuit.n_passes
+    client.delete_circuit(circuit.name)
 
 
 async def test_the_asynchronous_client_gives_the_same(server: Any, model: Model) -> None:

@@ -156,6 +156,8 @@ def test_circuit(run: Run, tmp_path: Path) -> None:
     assert rows and len(part["edges"]) == len(rows) and any(row[1] == "logits" for row in rows)
     estimate = lines(run(*arguments, "--estimate"))
     assert estimate[0][0] == "memory" and estimate[-1][:2] == ["refused", "no"]
+    expected, at_most = (int(number.replace(",", "")) for number in estimate[2][1:3])
+    assert 0 < expected < at_most
 
 
 def test_connections_and_interventions(run: Run, model: Model) -> None:

@@ -1958,12 +1958,16 @@ class AttributionEstimate(_message.Message):
     SIZE_FIELD_NUMBER: _builtins.int
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     SECONDS_BUDGET_FIELD_NUMBER: _builtins.int
+    SECONDS_UPPER_BOUND_FIELD_NUMBER: _builtins.int
+    PASSES_UPPER_BOUND_FIELD_NUMBER: _builtins.int
     memory_bytes: _builtins.int
     """Bytes held at the peak, beside weights."""
     seconds: _builtins.float
-    """Seconds, from a pass timed on this input, without waiting."""
+    """Seconds that it is expected to take on this machine as busy as now, without waiting: passes times seconds timed on
+    this input. What is compared with seconds_budget.
+    """
     passes: _builtins.int
-    """Forward passes, or rows of backward passes."""
+    """Forward passes, or rows of backward passes, that are expected."""
     active_features: _builtins.int
     """Active features (graphs)."""
     size: _builtins.int
@@ -1972,6 +1976,10 @@ class AttributionEstimate(_message.Message):
     """The server's bound on memory_bytes."""
     seconds_budget: _builtins.float
     """The server's bound on seconds."""
+    seconds_upper_bound: _builtins.float
+    """Seconds at most. Of a search for a circuit: if every edge turned out to be kept. Of a graph: as `seconds`."""
+    passes_upper_bound: _builtins.int
+    """Passes at most, likewise."""
     def __init__(
         self,
         *,
@@ -1982,10 +1990,12 @@ class AttributionEstimate(_message.Message):
         size: _builtins.int = ...,
         memory_budget_bytes: _builtins.int = ...,
         seconds_budget: _builtins.float = ...,
+        seconds_upper_bound: _builtins.float = ...,
+        passes_upper_bound: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_features", b"active_features", "memory_budget_bytes", b"memory_budget_bytes", "memory_bytes", b"memory_bytes", "passes", b"passes", "seconds", b"seconds", "seconds_budget", b"seconds_budget", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_features", b"active_features", "memory_budget_bytes", b"memory_budget_bytes", "memory_bytes", b"memory_bytes", "passes", b"passes", "passes_upper_bound", b"passes_upper_bound", "seconds", b"seconds", "seconds_budget", b"seconds_budget", "seconds_upper_bound", b"seconds_upper_bound", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

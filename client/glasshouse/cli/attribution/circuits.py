@@ -184,19 +184,19 @@ def show_estimate(estimate: AttributionEstimate, json: bool) -> None:
     if json:
         write_json(dataclasses.asdict(estimate))
         return
-    rows = [
-        (
-            "memory",
-            f"{estimate.memory_bytes / 2**20:,.1f} MiB",
-            f"of {estimate.memory_budget_bytes / 2**20:,.0f} MiB",
-        ),
-        ("time", f"{estimate.seconds:.1f} s", f"of {estimate.seconds_budget:,.0f} s"),
-        ("passes", f"{estimate.passes:,}", ""),
-        ("active features", f"{estimate.active_features:,}", ""),
-        ("size", f"{estimate.size:,}", ""),
-        ("refused", estimate.refusal or "no", ""),
+    mib = [f"{n / 2**20:,.1f} MiB" for n in (estimate.memory_bytes, estimate.memory_budget_bytes)]
+    seconds = [
+        f"{n:,.1f} s" for n in (estimate.seconds, estimate.seconds_upper_bound, estimate.seconds_budget)
     ]
-    write_table(["", "at most", "allowed"], rows)
+    rows = [
+        ("memory", "", *mib),
+        ("time", *seconds),
+        ("passes", f"{estimate.passes:,}", f"{estimate.passes_upper_bound:,}", ""),
+        ("active features", f"{estimate.active_features:,}", "", ""),
+        ("size", "", f"{estimate.size:,}", ""),
+        ("refused", estimate.refusal or "no", "", ""),
+    ]
+    write_table(["", "expected", "at most", "allowed"], rows)
 
 
 def _setting(text: str) -> FeatureSetting:

@@ -47,6 +47,7 @@ _FACTS_OF_CIRCUITS = (
 )  # fmt: skip
 _FACTS_OF_ESTIMATES = (
     "memory_bytes", "seconds", "passes", "active_features", "size", "memory_budget_bytes", "seconds_budget",
+    "seconds_upper_bound", "passes_upper_bound",
 )  # fmt: skip
 _FACTS_OF_LOGITS = (
     "token_id", "token", "logit_before", "logit_after", "probability_before", "probability_after", "measured",

@@ -239,8 +239,9 @@ class Circuit:
 
 @dataclass(frozen=True, kw_only=True)
 class AttributionEstimate:
-    """What an operation would take at most, beside what is allowed. `refusal`: why it would be refused; empty where not.
-    `size`: nodes of a graph, or edges a search goes through.
+    """What an operation would take, beside what is allowed. `refusal`: why it would be refused; empty where not.
+    `size`: nodes of a graph, or edges a search goes through. `seconds` and `passes` are expected, their upper bounds are
+    what a search takes that keeps every edge; `memory_bytes` is an upper bound.
     """
 
     memory_bytes: int
@@ -250,6 +251,8 @@ class AttributionEstimate:
     size: int
     memory_budget_bytes: int
     seconds_budget: float
+    seconds_upper_bound: float
+    passes_upper_bound: int
     refusal: str = ""
 
 

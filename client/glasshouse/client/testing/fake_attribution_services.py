@@ -254,7 +254,7 @@ class FakeAttributionServices:
         return pb.EstimateAttributionResponse(
             estimate=pb.AttributionEstimate(
                 memory_bytes=1 << 20, seconds=_SECONDS, passes=8, size=8, memory_budget_bytes=1 << 30,
-                seconds_budget=60.0,
+                seconds_budget=60.0, seconds_upper_bound=_SECONDS, passes_upper_bound=8,
             )
         )  # fmt: skip
 

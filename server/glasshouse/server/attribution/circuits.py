@@ -25,7 +25,7 @@ Shapes: S sources, N destinations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,17 +90,21 @@ class EdgeExperiment:
             clean = model.forward(self._clean, read=wiring.written)
             if metric is None:
                 metric = KLDivergence(reference=KLDivergence.reference_of(clean))
-        self._metric = metric
+        self.metric = metric
         contributions = wiring.contributions(clean.readings)
         self._plain = PlainRun(base=model.base_run(self._clean), contributions=contributions)
         early = [model.table.resolve(name).layer or 0 for name in metric.reads]
-        self._earliest_read = min(early, default=model.n_layers)
+        self._latest_start = min([*early, model.n_layers - 1])
         self.n_passes = 0
 
     @property
     def rows_at_once(self) -> int:
         """How many sets of edges one pass can try: of several input pairs, one."""
         return ROWS_AT_ONCE if len(self._clean) == 1 else 1
+
+    def first_layer(self, layer: int) -> int:
+        """Where a pass starts whose earliest corrupt edge goes into `layer`."""
+        return min(layer, self._latest_start) if self.wiring.model.loaded.family.direct else 0
 
     @torch.no_grad()
     def values(self, kept_RSN: Tensor) -> list[float]:
@@ -115,11 +119,11 @@ class EdgeExperiment:
             self._clean.expand(len(kept_RSN), -1) if single else self._clean,
             self._corrupt_SBTD,
             mask if single else mask[0],
-            read=self._metric.reads,
+            read=self.metric.reads,
             plain=self._plain,
-            first_layer=min([*layers, self._earliest_read, self.wiring.model.n_layers - 1]),
+            first_layer=self.first_layer(min(layers, default=self.wiring.model.n_layers)),
         )
-        found = self._metric(run)
+        found = self.metric(run)
         return [float(value) for value in found] if single else [float(found.mean())]
 
     @torch.no_grad()
@@ -127,8 +131,8 @@ class EdgeExperiment:
         """The metric with the edges of `kept_SN` (bool) clean and all others corrupt."""
         self.n_passes += 1
         mask = (~kept_SN).float()
-        run = forward_with_edges(self.wiring, self._clean, self._corrupt_SBTD, mask, read=self._metric.reads)
-        return float(self._metric(run).mean())
+        run = forward_with_edges(self.wiring, self._clean, self._corrupt_SBTD, mask, read=self.metric.reads)
+        return float(self.metric(run).mean())
 
 
 def discover_circuit(
@@ -176,21 +180,41 @@ def discover_circuit_of_size(
             remedy="Ask for at least one edge.",
         )
     experiment = EdgeExperiment(Wiring(model), clean_T, corrupt_T, metric)
-    nothing = torch.zeros_like(experiment.wiring.valid)
-    whole = abs(experiment.value(nothing) - experiment.value(experiment.wiring.valid))
-    low, high = math.log(max(whole, 1e-6) * SMALLEST_SHARE), math.log(max(whole, 1e-6))
-    best, best_at = nothing, math.exp(high)
-    for done in range(n_searches):
+    found: dict[float, Tensor] = {}
+
+    def size_at(threshold: float) -> int:
+        found[threshold] = _search(experiment, threshold, silent)
+        progress(len(found), n_searches)
+        return int(found[threshold].sum())
+
+    whole = whole_effect(experiment)
+    best = search_for_size(size_at, whole, n_edges=n_edges, n_searches=n_searches)
+    kept = found.get(best, torch.zeros_like(experiment.wiring.valid))
+    return replace(measure_circuit(experiment, kept), threshold=best)
+
+
+def whole_effect(experiment: EdgeExperiment) -> float:
+    """How far corrupting every edge moves the metric, in its units; never 0. Two passes."""
+    valid = experiment.wiring.valid
+    return max(abs(experiment.value(torch.zeros_like(valid)) - experiment.value(valid)), 1e-6)
+
+
+def search_for_size(size_at: Callable[[float], int], whole: float, *, n_edges: int, n_searches: int) -> float:
+    """Bisects between a share of the whole effect and all of it, by at most `n_searches` calls of `size_at`.
+
+    The threshold of the largest circuit that has edges and not more than `n_edges`; `whole` where there was none.
+    """
+    low, high = math.log(whole * SMALLEST_SHARE), math.log(whole)
+    best, best_size = math.exp(high), 0
+    for _ in range(n_searches):
         middle = (low + high) / 2
-        kept = _search(experiment, math.exp(middle), silent)
-        size = int(kept.sum())
-        if int(best.sum()) < size <= n_edges:
-            best, best_at = kept, math.exp(middle)
+        size = size_at(math.exp(middle))
+        if best_size < size <= n_edges:
+            best, best_size = math.exp(middle), size
         low, high = (low, middle) if size < n_edges else (middle, high)
-        progress(done + 1, n_searches)
         if size == n_edges:
             break
-    return replace(measure_circuit(experiment, best), threshold=best_at)
+    return best
 
 
 def _search(experiment: EdgeExperiment, threshold: float, progress: Progress) -> Tensor:
@@ -198,7 +222,7 @@ def _search(experiment: EdgeExperiment, threshold: float, progress: Progress) ->
     wiring = experiment.wiring
     kept = wiring.valid.clone()
     current = experiment.value(kept)
-    edges = list(_edges_backwards(wiring))
+    edges = list(edges_backwards(wiring))
     place, n_guesses = 0, 1
     while place < len(edges):
         states = _guess(wiring, kept, edges[place:], n_guesses)
@@ -216,8 +240,13 @@ def _search(experiment: EdgeExperiment, threshold: float, progress: Progress) ->
         for done in range(before + 1, place + 1):
             progress(done, len(edges))
         held = wrong == len(states)
-        n_guesses = min(experiment.rows_at_once, 2 * n_guesses) if held else max(1, n_guesses // 2)
+        n_guesses = next_guesses(n_guesses, held, experiment.rows_at_once)
     return kept
+
+
+def next_guesses(n_guesses: int, held: bool, most: int) -> int:
+    """How many steps are tried after so many: more where all of them held."""
+    return min(most, 2 * n_guesses) if held else max(1, n_guesses // 2)
 
 
 def _guess(wiring: Wiring, kept: Tensor, edges: list[tuple[int, int]], n_guesses: int) -> list[Tensor | None]:
@@ -227,7 +256,8 @@ def _guess(wiring: Wiring, kept: Tensor, edges: list[tuple[int, int]], n_guesses
         if n_tried == n_guesses:
             break
         state[row, column] = False
-        tried = _has_effect(wiring, state, wiring.destinations[column])
+        rows = wiring.written_by(wiring.destinations[column])
+        tried = rows is None or bool(state[rows].any())
         states.append(state.clone() if tried else None)
         n_tried += tried
     return states
@@ -238,7 +268,7 @@ def measure_circuit(experiment: EdgeExperiment, kept_SN: Tensor) -> Circuit:
     wiring = experiment.wiring
     edges = tuple(
         (wiring.sources[row], wiring.destinations[column])
-        for row, column in _edges_backwards(wiring)
+        for row, column in edges_backwards(wiring)
         if kept_SN[row, column]
     )
     return Circuit(
@@ -253,7 +283,7 @@ def measure_circuit(experiment: EdgeExperiment, kept_SN: Tensor) -> Circuit:
     )
 
 
-def _edges_backwards(wiring: Wiring) -> Iterator[tuple[int, int]]:
+def edges_backwards(wiring: Wiring) -> Iterator[tuple[int, int]]:
     """(row, column) of every edge, latest destination and latest source first."""
     for column in sorted(
         range(len(wiring.destinations)), key=lambda c: wiring.destinations[c].stage, reverse=True
@@ -261,18 +291,3 @@ def _edges_backwards(wiring: Wiring) -> Iterator[tuple[int, int]]:
         for row in reversed(range(len(wiring.sources))):
             if wiring.valid[row, column]:
                 yield row, column
-
-
-def _has_effect(wiring: Wiring, kept: Tensor, destination: Destination) -> bool:
-    """Whether anything that the destination's component writes is still read."""
-    if destination.kind == "logits":
-        return True
-    kind = "mlp" if destination.kind == "mlp" else "head"
-    heads_per_group = wiring.model.loaded.n_heads // wiring.model.loaded.n_kv_heads
-    for row, source in enumerate(wiring.sources):
-        if source.kind != kind or source.layer != destination.layer:
-            continue
-        group = source.head // heads_per_group if destination.kind in ("k", "v") else source.head
-        if (kind == "mlp" or group == destination.head) and bool(kept[row].any()):
-            return True
-    return False

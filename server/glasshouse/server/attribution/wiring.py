@@ -87,9 +87,23 @@ class Wiring:
         )
         """(S, N) bool: where there is an edge."""
         self.columns = {d: column for column, d in enumerate(destinations)}
+        self._written = {d: self._find_written(d) for d in destinations}
 
     def at(self, layer: int, point: str) -> str:
         return f"blocks.{layer}.{point}"
+
+    def written_by(self, destination: Destination) -> list[int] | None:
+        """The rows of the sources that depend on what a destination reads: its component's own. None for the logits."""
+        return self._written[destination]
+
+    def _find_written(self, destination: Destination) -> list[int] | None:
+        if destination.kind == "logits":
+            return None
+        first = next(row for row, source in enumerate(self.sources) if source.layer == destination.layer)
+        if destination.kind == "mlp":
+            return [first + self.model.loaded.n_heads]
+        group = self.model.loaded.n_heads // self.model.loaded.n_kv_heads if destination.kind != "q" else 1
+        return [first + destination.head * group + head for head in range(group)]
 
     @property
     def written(self) -> list[str]:

@@ -1,7 +1,7 @@
 """What an operation will take, known before it starts, and its refusal where that is over the server's budget.
 
-Seconds come from passes timed on the very input, memory from the sizes of what is held: both are upper bounds as far
-as that can be known beforehand.
+Seconds come from passes timed on the very input, memory from the sizes of what is held. Memory is an upper bound; seconds
+are what is to be expected, and what is refused, with an upper bound apart where the two may lie far from one another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from glasshouse.wire import reasons
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
     """`passes`: forward passes, or rows of backward passes. `size`: nodes or edges at most. `stored_bytes`: of the
-    result.
+    result. The upper bounds of seconds and passes are 0 where they are those expected.
     """
 
     memory_bytes: int
@@ -27,6 +27,8 @@ class Estimate:
     size: int
     active_features: int = 0
     stored_bytes: int = 0
+    seconds_upper_bound: float = 0.0
+    passes_upper_bound: int = 0
 
 
 def check(estimate: Estimate, settings: AttributionSettings, *, seconds: float | None = None) -> None:

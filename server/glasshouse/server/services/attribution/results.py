@@ -27,6 +27,8 @@ def estimate_message(estimate: Estimate, settings: AttributionSettings) -> pb.At
         size=estimate.size,
         memory_budget_bytes=settings.max_memory_bytes,
         seconds_budget=settings.max_seconds,
+        seconds_upper_bound=estimate.seconds_upper_bound or estimate.seconds,
+        passes_upper_bound=estimate.passes_upper_bound or estimate.passes,
     )
 
 
