@@ -5,17 +5,22 @@ from __future__ import annotations
 import pytest
 
 from glasshouse.client import Model
-from glasshouse.tour.explanation import N_FEATURES, explain
+from glasshouse.tour.explanation import N_SET, explain
 
 
 def test_an_answer_is_explained_and_the_explanation_tested(model: Model) -> None:
     found = explain(model)
-    assert abs(found.tokens.residual) < 0.01
-    assert {token for _, token, _ in found.tokens.top(3)} <= {" Lily", " girl"}
-    assert found.heads[0].patched < -2 and found.heads[0].direct > 0
-    assert len(found.features) == N_FEATURES
-    assert found.circuit.faithfulness > 0.9 and found.circuit.completeness > 0.9
-    assert len(found.circuit.edges) < 40
-    assert found.share_without < 0.3, "the features carry the answer"
-    assert found.share_control == pytest.approx(1.0, abs=0.3), "as many others do not"
+    carriers, circuit, voices, swap = found.carriers, found.circuit, found.voices, found.swap
+    assert abs(carriers.tokens.residual) < 0.01
+    assert carriers.tokens.top(1)[0][1] == "Anna"
+    assert carriers.carried > carriers.change / 2
+    assert circuit.faithfulness > 0.9 and circuit.completeness > 0.9
+    assert len(circuit.edges) < 40
+    assert len(voices.for_she) == len(voices.for_he) == N_SET
+    assert min(more for _, more in voices.for_she) > 0 > max(more for _, more in voices.for_he)
+    before, after = swap.sentences
+    assert before.startswith(" she") and after.startswith(" he")
+    assert swap.left < 0.3, "the features carry the answer"
+    assert swap.left_by_control == pytest.approx(1.0, abs=0.3), "as many others do not"
+    print(swap.left, swap.left_by_control)
     assert len(found.lines()) == 5

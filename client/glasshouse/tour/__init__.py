@@ -4,6 +4,7 @@
 - `screen`: the look of it, on a terminal and in a pipe.
 - `guide`: what every stage is given, and how it fails.
 - one file a subject: `reading`, `writing`, `mood`, `crowd`, `features`, `watching`, `explaining`, `refusals`, `page`.
+- `explanation`: what `explaining` tells, to be had without the tour.
 - `__main__`: the stages in order (`make demo`).
 """
 

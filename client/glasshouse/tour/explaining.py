@@ -1,13 +1,4 @@
-"""Why did it say "she"? One answer explained end to end: tokens, heads, a circuit, features, and the test of it.
-
-1. Tokens: integrated gradients from the same sentence about Tom. Patching the stream shows where the name's meaning
-   travels, patching heads which of them carry it.
-2. Circuit: ACDC keeps the few edges without which the answer is lost.
-3. Features: an attribution graph on the per-layer transcoders, for either sentence. Of the last position's features,
-   those that speak for "she" in the one and for "he" in the other.
-4. Test: the first turned off, the second on, and the model goes on writing. What the graph's edges predict is held
-   against what happens.
-"""
+"""The tour's stages that tell an explanation: what `explanation` finds, drawn, step by step."""
 
 from __future__ import annotations
 
@@ -15,19 +6,15 @@ import time
 
 from rich.padding import Padding
 
-from glasshouse.client import AttributionGraph, FeatureSetting, GraphNode, logit_difference, patch_grid
+from glasshouse.client import GraphNode
 from glasshouse.client.pictures import HeatMap, Part, circuit_diagram, render
+from glasshouse.tour import explanation
+from glasshouse.tour.explanation import ANNA, HE, SHE, THRESHOLD, TOM
 from glasshouse.tour.guide import Guide, expect
 from glasshouse.tour.screen import INDENT, Screen
 
-ANNA, TOM = "Anna was tired, so", "Tom was tired, so"
-SHE, HE = " she", " he"
-THRESHOLD = 0.03
-N_SET = 4
-MAX_TOKENS = 12
 
-
-def find_tokens_and_heads(guide: Guide) -> None:
+def show_tokens_and_heads(guide: Guide) -> None:
     """Step 1."""
     screen, model = guide.screen, guide.model
     screen.stage(f"Why did it say {SHE.strip()!r}? Tokens and heads")
@@ -36,43 +23,36 @@ def find_tokens_and_heads(guide: Guide) -> None:
         f"model.attribute_tokens({ANNA!r}, metric, baseline={TOM!r})",
         f'model.patch_sweep({ANNA!r}, {TOM!r}, metric=metric, grids=["hook_resid_pre", heads])',
     )
-    metric = logit_difference(SHE, HE)
-    heads = patch_grid("attn.hook_z", by_head=True, all_positions_at_once=True)
     begun = time.perf_counter()
-    tokens = model.attribute_tokens(ANNA, metric, baseline=TOM)
-    swept = model.patch_sweep(ANNA, TOM, metric=metric, grids=["hook_resid_pre", heads]).result()
+    found = explanation.find_carriers(model)
     seconds = time.perf_counter() - begun
-    stream, by_head = swept.grids
+    tokens, stream, heads = found.tokens, found.stream, found.heads
     n_heads = model.info.n_heads
     for title, rows, columns, values in (
         ("Integrated gradients, from Tom's", ["tokens"], tokens.input.strings[1:], tokens.scores[None, 1:]),
         ("The stream, Tom's patched in", stream.row_labels, stream.column_labels[1:], stream.table[:, 1:]),
         (
             "Each head, Tom's patched in",
-            [f"L{layer}" for layer in by_head.axes.layers],
+            [f"L{layer}" for layer in heads.axes.layers],
             [f"H{head}" for head in range(n_heads)],
-            by_head.table.reshape(-1, n_heads),
+            heads.table.reshape(-1, n_heads),
         ),
     ):
         _picture(screen, HeatMap(title=title, rows=rows, columns=columns, values=values, unit="logits"))
-    carriers = by_head.top(2)
-    changed = tokens.value - tokens.baseline_value
     screen.note(
         f"The name decides: {tokens.value:+.1f} logits, with Tom's {tokens.baseline_value:+.1f}. What it means stays in "
-        f"its place until heads {' and '.join(f'{found.layer}.{found.column}' for found in carriers)} move it to the "
-        f"end. {stream.values.size + by_head.values.size} patches and the gradients took {seconds:.1f} s."
+        f"its place until heads {' and '.join(found.strongest)} move it to the end. "
+        f"{stream.values.size + heads.values.size} patches and the gradients took {seconds:.1f} s."
     )
-    expect(abs(tokens.residual) < 0.05 * abs(changed), "attributions that sum to the change")
-    expect(
-        sum(abs(found.effect) for found in carriers) > changed / 2, "two heads that carry half of the change"
-    )
+    expect(abs(tokens.residual) < 0.05 * abs(found.change), "attributions that sum to the change")
+    expect(found.carried > found.change / 2, "two heads that carry half of the change")
 
 
-def find_circuit(guide: Guide) -> None:
+def show_circuit(guide: Guide) -> None:
     """Step 2."""
-    screen, model = guide.screen, guide.model
+    screen = guide.screen
     screen.code(f"model.discover_circuit({ANNA!r}, {TOM!r}, threshold={THRESHOLD:g}).result()")
-    circuit = model.discover_circuit(ANNA, TOM, threshold=THRESHOLD).result()
+    circuit = explanation.find_circuit(guide.model)
     title = f"The circuit: {len(circuit.edges)} of {circuit.n_edges_total} edges"
     _picture(screen, circuit_diagram(title, circuit.edges))
     screen.note(
@@ -84,15 +64,14 @@ def find_circuit(guide: Guide) -> None:
     expect(len(circuit.edges) < circuit.n_edges_total / 20, "a small circuit")
 
 
-def trace_and_test(guide: Guide) -> None:
+def show_features(guide: Guide) -> None:
     """Steps 3 and 4."""
     screen, model = guide.screen, guide.model
     screen.stage("Its features: an attribution graph, tested by intervention")
     screen.code(f"graph = model.attribution_graph({ANNA!r}, targets=[{SHE!r}, {HE!r}]).result()")
     begun = time.perf_counter()
-    anna, tom = (model.attribution_graph(text, targets=[SHE, HE]).result() for text in (ANNA, TOM))
+    voices = explanation.find_voices(model)
     seconds = time.perf_counter() - begun
-    for_she, for_he = speaking(anna)[:N_SET], speaking(tom)[::-1][:N_SET]
     screen.table(
         ["feature", "at", "promotes", "speaks for", "by"],
         [
@@ -103,22 +82,19 @@ def trace_and_test(guide: Guide) -> None:
                 SHE.strip() if difference > 0 else HE.strip(),
                 f"{difference:+.1f}",
             )
-            for node, difference in [*for_she, *for_he]
+            for node, difference in [*voices.for_she, *voices.for_he]
         ],
         right=[4],
     )
-    pruned = anna.prune()
+    pruned = voices.anna.prune()
     screen.note(
-        f"Both graphs took {seconds:.1f} s. This one has {anna.n_nodes} nodes, {pruned.n_nodes} after pruning; features "
-        f"rather than errors carry {anna.scores.replacement:.0%} of its influence. `glasshouse graph` draws it as a page."
+        f"Both graphs took {seconds:.1f} s. This one has {voices.anna.n_nodes} nodes, {pruned.n_nodes} after pruning; "
+        f"features rather than errors carry {voices.anna.scores.replacement:.0%} of its influence. `glasshouse graph` "
+        f"draws it as a page."
     )
-    off = [_set(node, 0.0) for node, _ in for_she]
-    on = [_set(node, node.activation or 0.0) for node, _ in for_he]
     screen.code("model.intervene_on_features(text, she_features_off + he_features_on, mode='open')")
-    changed = model.intervene_on_features(
-        ANNA, off + on, mode="open", tokens=[SHE, HE], max_tokens=MAX_TOKENS
-    )
-    by_token = {change.token: change for change in changed.logits}
+    swap = explanation.swap_voices(model, voices)
+    by_token = {change.token: change for change in swap.swapped.logits}
     screen.table(
         [ANNA, "p before", "p after", "logit, predicted", "measured"],
         [
@@ -133,23 +109,15 @@ def trace_and_test(guide: Guide) -> None:
         ],
         right=[1, 2, 3, 4],
     )
-    before, after = (_sentence(text) for text in (changed.text_before, changed.text_after))
+    before, after = swap.sentences
     screen.say(f"{ANNA}{before}   becomes   {ANNA}{after}")
-    screen.note(f"Predicted and measured logits correlate by {changed.logit_correlation:.3f}.")
+    screen.note(
+        f"Predicted and measured logits correlate by {swap.swapped.logit_correlation:.3f}. As many other features, swapped "
+        f"the same way, leave {swap.left_by_control:.0%} of the difference between the two."
+    )
     expect(SHE in before and HE in after, f"{SHE.strip()!r} turned into {HE.strip()!r}")
-    expect(changed.logit_correlation > 0.9, "logits that change as the graph predicts")
-
-
-def speaking(graph: AttributionGraph) -> list[tuple[GraphNode, float]]:
-    """Features of the last position by how much more they write into the first target than into the second."""
-    she, he = graph.first_logit, graph.first_logit + 1
-    differences: dict[int, float] = {}
-    for logit, sign in ((she, 1.0), (he, -1.0)):
-        for node, weight in graph.incoming(logit, graph.n_nodes_total):
-            if node.kind == "feature" and node.position == graph.n_positions - 1:
-                differences[node.number] = differences.get(node.number, 0.0) + sign * weight
-    numbers = sorted(differences, key=lambda number: -differences[number])
-    return [(graph.node(number), differences[number]) for number in numbers]
+    expect(swap.swapped.logit_correlation > 0.9, "logits that change as the graph predicts")
+    expect(swap.left_by_control > 0.5, "other features to change little")
 
 
 def _picture(screen: Screen, part: Part) -> None:
@@ -162,11 +130,3 @@ def _promoted(guide: Guide, node: GraphNode) -> list[str]:
         guide.model.dictionary(f"transcoder-{node.layer}").feature(node.feature or 0, n_tokens=6).promoted
     )
     return list(promoted.tokens) if promoted is not None else []
-
-
-def _set(node: GraphNode, value: float) -> FeatureSetting:
-    return FeatureSetting(node.layer, node.feature or 0, node.position, value)
-
-
-def _sentence(text: str) -> str:
-    return text.partition(".")[0] + "."

@@ -1,16 +1,19 @@
-"""One of fable's answers explained, from tokens to a circuit, and the explanation tested.
+"""Why did it say "she"? One answer of fable's explained end to end: tokens, heads, a circuit, features, and the test of it.
 
-The question: after a story about a girl, why " she" and not " he"? The other input tells the same story of a boy.
+1. Tokens and heads: integrated gradients from the same sentence about Tom; they sum to the change. Patching the stream
+   shows where the name's meaning travels, patching heads which of them carry it.
+2. Circuit: ACDC keeps the few edges without which the answer is lost.
+3. Features: an attribution graph on the per-layer transcoders, for either sentence. Of the last position's features,
+   those that speak for "she" in the one and for "he" in the other.
+4. Test: the first turned off, the second on, and the model goes on writing. What the graph's edges predict is held
+   against what happens, and the whole against a control: as many others, drawn from the same layers.
 
-1. Tokens: integrated gradients of the logit difference, from the other story to this one. They sum to its change.
-2. Heads: what each writes straight into the difference, and what patching it from the other story takes away.
-3. Features: the transcoder features whose edges in the attribution graph lead straight to " she".
-4. Circuit: ACDC's edges, alone enough for the behaviour.
-5. The test: those features turned off, everything else responding; and as many others that were active, as a control.
+What is found is told by `explaining`, a stage of the tour, and in a sentence each by `Explanation.lines`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,122 +22,186 @@ from glasshouse.client import (
     AttributionGraph,
     Circuit,
     FeatureIntervention,
+    FeatureSetting,
     GraphNode,
     Model,
+    SweepGrid,
     TokenAttribution,
-    feature_setting,
     logit_difference,
     patch_grid,
 )
 
-CLEAN = "Once upon a time there was a girl named Lily. Lily was happy because"
-CORRUPT = "Once upon a time there was a boy named Tom. Tom was happy because"
-TARGET, FOIL = " she", " he"
-N_FEATURES = 12
-THRESHOLD = 0.05
+ANNA, TOM = "Anna was tired, so", "Tom was tired, so"
+SHE, HE = " she", " he"
+THRESHOLD = 0.03
+N_SET = 4
+MAX_TOKENS = 12
 
 
 @dataclass(frozen=True)
-class Head:
-    """A head: its direct part of the difference, and the effect of patching it."""
+class Carriers:
+    """Step 1. `stream` by layer and position, `heads` by layer and head: effects of patching Tom's in."""
 
-    layer: int
-    head: int
-    direct: float
-    patched: float
+    tokens: TokenAttribution
+    stream: SweepGrid
+    heads: SweepGrid
+
+    @property
+    def change(self) -> float:
+        """Of the logit difference, from Tom's sentence to Anna's."""
+        return self.tokens.value - self.tokens.baseline_value
+
+    @property
+    def strongest(self) -> list[str]:
+        """The two heads that carry most, as "layer.head"."""
+        return [f"{found.layer}.{found.column}" for found in self.heads.top(2)]
+
+    @property
+    def carried(self) -> float:
+        """What those two carry together."""
+        return sum(abs(found.effect) for found in self.heads.top(2))
+
+
+@dataclass(frozen=True)
+class Voices:
+    """Step 3. The graphs, and the features that speak most for "she" in Anna's and for "he" in Tom's, each with how much
+    more it writes into the one logit than into the other.
+    """
+
+    anna: AttributionGraph
+    tom: AttributionGraph
+    for_she: list[tuple[GraphNode, float]]
+    for_he: list[tuple[GraphNode, float]]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Step 4: the features swapped, and the control."""
+
+    swapped: FeatureIntervention
+    control: FeatureIntervention
+
+    @property
+    def left(self) -> float:
+        """The share of the logit difference that the swap leaves."""
+        return _share(self.swapped)
+
+    @property
+    def left_by_control(self) -> float:
+        """The share that as many others leave."""
+        return _share(self.control)
+
+    @property
+    def sentences(self) -> tuple[str, str]:
+        """What the model writes before and after, to the end of the sentence."""
+        before, after = (
+            text.partition(".")[0] + "." for text in (self.swapped.text_before, self.swapped.text_after)
+        )
+        return before, after
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was found. `share_without`: how much of the difference is left with `features` off; `share_control`: with as
-    many others off."""
+    """All of it."""
 
-    tokens: TokenAttribution
-    heads: list[Head]
-    graph: AttributionGraph
-    features: list[GraphNode]
+    carriers: Carriers
     circuit: Circuit
-    tested: FeatureIntervention
-    share_without: float
-    share_control: float
+    voices: Voices
+    swap: Swap
 
     def lines(self) -> list[str]:
         """The explanation, a sentence each."""
-        tokens = ", ".join(f"{token!r} {score:+.1f}" for _, token, score in self.tokens.top(3))
-        heads = ", ".join(f"a{h.layer}.h{h.head} {h.patched:+.1f}" for h in self.heads[:3])
-        features = ", ".join(f"{n.id} at {n.token!r}" for n in self.features[:3])
+        tokens, circuit, swap = self.carriers.tokens, self.circuit, self.swap
+        top = ", ".join(f"{token!r} {score:+.1f}" for _, token, score in tokens.top(2))
+        features = ", ".join(f"{node.id} {more:+.1f}" for node, more in self.voices.for_she)
         return [
-            f"The difference between {TARGET!r} and {FOIL!r} is {self.tokens.value:.2f}; of a boy it would be "
-            f"{self.tokens.baseline_value:.2f}. Tokens: {tokens} (residual {self.tokens.residual:.4f}).",
-            f"Heads, patched from the other story: {heads}.",
-            f"Features that lead straight to {TARGET!r}: {features}; the graph explains "
-            f"{self.graph.scores.replacement:.0%} of the way through features.",
-            f"Circuit: {len(self.circuit.edges)} of {self.circuit.n_edges_total} edges, faithfulness "
-            f"{self.circuit.faithfulness:.2f}, completeness {self.circuit.completeness:.2f}.",
-            f"Test: without its {len(self.features)} features {self.share_without:.0%} of the difference is left, "
-            f"without as many others {self.share_control:.0%}.",
+            f"{SHE!r} is {tokens.value:+.1f} logits above {HE!r}, with Tom's name {tokens.baseline_value:+.1f}. "
+            f"Tokens: {top} (residual {tokens.residual:.4f}).",
+            f"Heads {' and '.join(self.carriers.strongest)} carry {self.carriers.carried:.1f} of it to the end.",
+            f"Circuit: {len(circuit.edges)} of {circuit.n_edges_total} edges, faithfulness {circuit.faithfulness:.2f}, "
+            f"completeness {circuit.completeness:.2f}.",
+            f"Features that speak for {SHE!r}: {features}; features carry "
+            f"{self.voices.anna.scores.replacement:.0%} of the graph's influence.",
+            f"Test: with {N_SET} of them off and {N_SET} for {HE!r} on, {swap.left:.0%} of the difference is left; with as "
+            f"many others {swap.left_by_control:.0%}.",
         ]
 
 
 def explain(model: Model) -> Explanation:
-    """Steps 1 to 5 on fable."""
-    metric = logit_difference(TARGET, FOIL)
-    tokens = model.attribute_tokens(CLEAN, metric, baseline=CORRUPT, steps=128)
-    graph = model.attribution_graph(CLEAN, targets=[TARGET, FOIL]).result(timeout=300)
-    circuit = model.discover_circuit(CLEAN, CORRUPT, threshold=THRESHOLD).result(timeout=300)
-    features, others = _features(graph)
-    tested = _without(model, graph, features)
-    return Explanation(
-        tokens=tokens,
-        heads=_heads(model),
-        graph=graph,
-        features=features,
-        circuit=circuit,
-        tested=tested,
-        share_without=_share(tested),
-        share_control=_share(_without(model, graph, others)),
-    )
+    """Steps 1 to 4 on fable."""
+    carriers, circuit, voices = find_carriers(model), find_circuit(model), find_voices(model)
+    return Explanation(carriers, circuit, voices, swap_voices(model, voices))
 
 
-def _heads(model: Model) -> list[Head]:
-    direct = model.direct_attribution(CLEAN, TARGET, FOIL).heads
-    grid = patch_grid("attn.hook_z", by_head=True, all_positions_at_once=True)
-    swept = model.patch_sweep(CLEAN, CORRUPT, metric=logit_difference(TARGET, FOIL), grids=grid).result()
-    found = [
-        Head(result.layer, result.column, float(direct[result.layer, result.column]), result.effect)
-        for result in swept.grid.top(8)
-        if result.column is not None
+def find_carriers(model: Model) -> Carriers:
+    """Step 1."""
+    metric = logit_difference(SHE, HE)
+    tokens = model.attribute_tokens(ANNA, metric, baseline=TOM)
+    by_head = patch_grid("attn.hook_z", by_head=True, all_positions_at_once=True)
+    swept = model.patch_sweep(ANNA, TOM, metric=metric, grids=["hook_resid_pre", by_head]).result()
+    stream, heads = swept.grids
+    return Carriers(tokens, stream, heads)
+
+
+def find_circuit(model: Model) -> Circuit:
+    """Step 2."""
+    return model.discover_circuit(ANNA, TOM, threshold=THRESHOLD).result()
+
+
+def find_voices(model: Model) -> Voices:
+    """Step 3."""
+    anna, tom = (model.attribution_graph(text, targets=[SHE, HE]).result() for text in (ANNA, TOM))
+    return Voices(anna, tom, speaking(anna)[:N_SET], speaking(tom)[::-1][:N_SET])
+
+
+def swap_voices(model: Model, voices: Voices) -> Swap:
+    """Step 4."""
+    off, on = ([node for node, _ in some] for some in (voices.for_she, voices.for_he))
+    others_off, others_on = _others(voices.anna, off), _others(voices.tom, on)
+    return Swap(_set(model, off, on), _set(model, others_off, others_on))
+
+
+def speaking(graph: AttributionGraph) -> list[tuple[GraphNode, float]]:
+    """Features of the last position by how much more they write into the first target than into the second."""
+    she, he = graph.first_logit, graph.first_logit + 1
+    differences: dict[int, float] = {}
+    for logit, sign in ((she, 1.0), (he, -1.0)):
+        for node, weight in graph.incoming(logit, graph.n_nodes_total):
+            if node.kind == "feature" and node.position == graph.n_positions - 1:
+                differences[node.number] = differences.get(node.number, 0.0) + sign * weight
+    numbers = sorted(differences, key=lambda number: -differences[number])
+    return [(graph.node(number), differences[number]) for number in numbers]
+
+
+def _others(graph: AttributionGraph, chosen: Sequence[GraphNode]) -> list[GraphNode]:
+    """As many features active at the same layers and the same position, drawn from all that were not chosen."""
+    draw, features = np.random.default_rng(0), graph.features
+    left = [
+        number
+        for number in draw.permutation(len(features)).tolist()
+        if features.positions[number] == graph.n_positions - 1 and graph.node(number) not in chosen
     ]
-    return sorted(found, key=lambda head: head.patched)
+    found = []
+    for node in chosen:
+        number = next(number for number in left if features.layers[number] == node.layer)
+        left.remove(number)
+        found.append(graph.node(number))
+    return found
 
 
-def _features(graph: AttributionGraph) -> tuple[list[GraphNode], list[GraphNode]]:
-    """Those with the largest share in the difference of the two logits, and as many others at the same layers that were
-    active, drawn."""
-    edges, first = graph.edges, graph.first_logit
-    toward = np.zeros(graph.first_error, np.float64)
-    for number, sign in ((first, 1.0), (first + 1, -1.0)):
-        here = (edges.targets == number) & (edges.sources < graph.first_error)
-        toward[edges.sources[here]] += sign * edges.weights[here]
-    order = np.argsort(-toward)
-    best = [graph.node(int(number)) for number in order[:N_FEATURES]]
-    rest = np.random.default_rng(0).permutation(order[N_FEATURES:])
-    others: list[GraphNode] = []
-    for node in best:
-        same = next(
-            n for n in rest if graph.features.layers[n] == node.layer and n not in {o.number for o in others}
-        )
-        others.append(graph.node(int(same)))
-    return best, others
+def _set(model: Model, off: Sequence[GraphNode], on: Sequence[GraphNode]) -> FeatureIntervention:
+    """What comes of Anna's sentence with some features off and others as active as they were in Tom's."""
+    settings = [_setting(node, 0.0) for node in off]
+    settings += [_setting(node, node.activation or 0.0) for node in on]
+    return model.intervene_on_features(ANNA, settings, mode="open", tokens=[SHE, HE], max_tokens=MAX_TOKENS)
 
 
-def _without(model: Model, graph: AttributionGraph, nodes: list[GraphNode]) -> FeatureIntervention:
-    settings = [feature_setting(node.layer, node.feature or 0, node.position, 0.0) for node in nodes]
-    return model.intervene_on_features(graph, settings, mode="open", tokens=[TARGET, FOIL])
+def _setting(node: GraphNode, value: float) -> FeatureSetting:
+    return FeatureSetting(node.layer, node.feature or 0, node.position, value)
 
 
 def _share(found: FeatureIntervention) -> float:
     """Of the difference, what is left."""
     by_token = {change.token: change for change in found.logits}
-    target, foil = by_token[TARGET], by_token[FOIL]
-    return (target.logit_after - foil.logit_after) / (target.logit_before - foil.logit_before)
+    she, he = by_token[SHE], by_token[HE]
+    return (she.logit_after - he.logit_after) / (she.logit_before - he.logit_before)
