@@ -17,6 +17,7 @@ from glasshouse.client import (
     FailedPreconditionError,
     GenerationResult,
     Intervention,
+    ProbeWeights,
     UnavailableError,
     ablate_direction,
     add_vector,
@@ -24,6 +25,7 @@ from glasshouse.client import (
     read_activations,
     read_features,
     read_logit_lens,
+    read_probe,
 )
 from glasshouse.tour.server_process import ServerProcess
 
@@ -92,6 +94,58 @@ def test_the_same_answers_as_the_other_engine(
             found, expected = mine.activations[HOOK_POINT], other.activations[HOOK_POINT]
             np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
     assert read_metric(vllm_server, "glasshouse_hooked_steps_total") > 0
+    until(lambda: read_metric(vllm_server, "glasshouse_edit_slots") == 0)
+
+
+def watched(target: str, vectors: np.ndarray) -> list[GenerationResult]:
+    """A generation that a monitor steers from some way in, one beside it that it does not choose, one when it is gone."""
+    weights = np.random.default_rng(1).standard_normal((192, 1)).astype(np.float32) * 0.02
+    with Client(target) as client:
+        model = client.model()
+        probe = model.create_probe(
+            "leaning", ProbeWeights(layers=[(weights, np.zeros(1, np.float32))]),
+            labels=["no", "yes"], hook_points=HOOK_POINT, pooling="token",
+        )  # fmt: skip
+        wanted = {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True}
+        with model.generate(PROMPT, readouts=[read_probe(probe)], **wanted) as stream:
+            scores = [float(token.probes["leaning"]) for token in list(stream)[1:]]
+        # Where a score is well above all before it.
+        at = next(place for place in range(4, 30) if scores[place] > max(scores[:place]) + 0.05)
+        bar = (scores[at] + max(scores[:at])) / 2
+        monitor = model.create_monitor(
+            "leans", probe=probe, above=bar, positions=generated(), action="steer", labels={"tenant": "a"},
+            interventions=[add_vector(HOOK_POINT, vectors[3], 0.5)],
+        )  # fmt: skip
+        with monitor.watch() as events:
+            streams = [model.generate(PROMPT, labels={"tenant": tenant}, **wanted) for tenant in "ab"]
+            results = [stream.result() for stream in streams]
+            event = next(events)
+        (flag,) = results[0].flags
+        n_prompt = len(results[0].prompt)
+        assert (event.kind, event.position, flag.action) == ("raised", flag.position, "steer")
+        assert flag.position == n_prompt + at
+        # The token that the position predicted is free; those after it are not.
+        assert results[0].token_ids[: at + 2] == results[1].token_ids[: at + 2]
+        assert results[0].token_ids != results[1].token_ids and not results[1].flags
+        monitor.delete()
+        until(lambda: not model.monitors())
+        last = model.generate(PROMPT, labels={"tenant": "a"}, **wanted).result()
+        assert last.token_ids == results[1].token_ids
+        probe.delete()
+        return [*results, last]
+
+
+def test_a_monitor_steers_as_on_the_other_engine(
+    server: ServerProcess, vllm_server: ServerProcess, vectors: np.ndarray
+) -> None:
+    for ours, theirs in zip(
+        watched(vllm_server.target, vectors), watched(server.target, vectors), strict=True
+    ):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.receipt == theirs.receipt == []
+        assert [flag.position for flag in ours.flags] == [flag.position for flag in theirs.flags]
+        for mine, other in zip(ours.tokens, theirs.tokens, strict=True):
+            assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
     until(lambda: read_metric(vllm_server, "glasshouse_edit_slots") == 0)
 
 

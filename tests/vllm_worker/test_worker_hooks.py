@@ -163,6 +163,8 @@ class Request:
     tokens: list[int]
     n_prompt: int
     computed: int = 0
+    # As far as it ever ran: a request that was preempted runs all that again in pieces, as it does its prompt.
+    reached: int = 0
     scheduled: bool = False
     done: bool = False
 
@@ -207,8 +209,9 @@ class Schedule:
                 request.scheduled = True
                 new.append((name(request), request.plan))
             left = request.n_fed - request.computed
-            in_prompt = request.computed < request.n_prompt
-            n = min(left, rng.randint(1, 7), request.n_prompt - request.computed) if in_prompt else 1
+            known = request.n_prompt if request.reached < request.n_prompt else request.reached + 1
+            in_prompt = request.computed < request.n_prompt or request.computed + 1 < known
+            n = min(left, rng.randint(1, 7), known - request.computed) if in_prompt else 1
             tokens = request.tokens[request.computed : request.computed + n]
             if self.drafts and not in_prompt and not calm:
                 extra = rng.randint(0, 3)
@@ -239,6 +242,7 @@ class Schedule:
         self.hooks.finish()
         for request, _, n in batch:
             request.computed += n
+            request.reached = max(request.reached, request.computed)
             if request.computed >= request.n_fed:
                 request.done = True
                 self.finished.append(name(request))

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from glasshouse import fable
 from glasshouse.server.engines.vllm.gateway.watching import WatchedRequest
 from glasshouse.server.engines.watching import RequestWatch, Roster, Watch
 from glasshouse.server.probes.aggregation import START, Aggregation, Change, Rule, WatchState, step
 from glasshouse.server.probes.pooling import Pooling, RunningPool
 from glasshouse.server.probes.served import ServedProbe
-from glasshouse.server.types.conditions import MonitorAction, ProbeOutput
+from glasshouse.server.readouts.score_columns import FeatureColumnSource
+from glasshouse.server.types.conditions import Condition, FeatureColumn, MonitorAction, ProbeOutput
 from glasshouse.server.types.errors import FailedPrecondition
-from glasshouse.server.types.interventions import AblateDirection, AddVector, Edit, Intervention
+from glasshouse.server.types.interventions import AblateDirection, AddVector, Edit, Intervention, SetFeatures
 from glasshouse.server.types.selectors import NamedPositions, Selector
 from glasshouse.wire import reasons
 
@@ -221,15 +223,16 @@ async def test_many_requests_are_steered_as_each_alone(
     by_prompt = [watches_for(oracle, prompt) for prompt in prompts]
     for place in range(16):
         prompt, kinds = prompts[place % len(prompts)], by_prompt[place % len(prompts)]
-        # Two that steer, in an order of their own, and one that looks on.
+        # Two that steer, in an order of their own, and of every second request one that looks on.
         chosen = [kinds[place % 8], kinds[(place + 3) % 8]] if place < 13 else []
-        looks = Steer("looks", probe(8, LATE), Rule(aggregation=Aggregation.MEAN, on_above=0.5))
+        if chosen and place % 2:
+            chosen.append(Steer("looks", probe(8, LATE), Rule(aggregation=Aggregation.MEAN, on_above=0.5)))
         own: list[Any] = []
         ours: list[Intervention] = []
         if place % 3 == 1:
             own = [(LATE, lambda p: True, formulas.add(v, 0.5))]
             ours = [Intervention(hook_point=LATE, edit=AddVector(vector=v, coefficient=0.5))]
-        asked.append((prompt, [*chosen, looks] if chosen else [], own, ours))
+        asked.append((prompt, chosen, own, ours))
     noted = [Noted() for _ in asked]
 
     async def ask(place: int) -> Any:
@@ -261,6 +264,84 @@ async def test_many_requests_are_steered_as_each_alone(
         assert (given.ids != plain) == (wanted.ids != plain)
         assert steered or given.ids == plain
     assert n_steered > 16
+
+
+@on_both
+async def test_among_conditions_and_features(
+    engine: Any, answer: Any, oracle: Any, prompts: list[list[int]]
+) -> None:
+    """A feature is watched and another set, of requests with an edit under a condition of their own, and without."""
+    (held,) = await engine.load_dictionary("steering", str(fable.dictionary_path("resid-post-3")))
+    prompt, at = prompts[2], held.points_in[0].name
+    _, captured = oracle.forward([*prompt, *oracle.greedy(prompt, 30)[0]], capture=(at,))
+    every = torch.arange(held.dictionary.facts.d_sae)
+    activations = held.dictionary.encode_features(captured[at], every)[len(prompt) :]
+    feature = int((activations[3:12].amax(0) - activations[:3].amax(0)).argmax())
+    other = int(activations[:3].sum(0).argmax())
+    bar = float(activations[3:12, feature].max() + activations[:3, feature].max()) / 2
+
+    def set_feature(s: torch.Tensor) -> torch.Tensor:
+        now = held.dictionary.encode_features(s[None], torch.tensor([other]))[0, 0]
+        return s + (12.0 - now) * held.dictionary.decoder_rows(torch.tensor([other]))[0]
+
+    score = FeatureColumnSource(points=held.points_in, dictionary=held.dictionary, feature=feature)
+    steer = Intervention(
+        hook_point="",
+        edit=SetFeatures(dictionary="steering", features=(other,), values=(12.0,)),
+        positions=Selector(named=NamedPositions.GENERATED),
+    )
+    ours = Watch(
+        name="m", source=score, rule=Rule(aggregation=Aggregation.MAX, on_above=bar), on_prompt=False,
+        action=MonitorAction.STEER, interventions=await engine.steering((steer,), field="spec"),
+    )  # fmt: skip
+    v = vector(30)
+    conditional = Intervention(
+        hook_point=LATE,
+        edit=AddVector(vector=v, coefficient=0.5),
+        condition=Condition(source=FeatureColumn(dictionary="steering", feature=other), above=0.5),
+    )
+    noted = Noted()
+    answers = await asyncio.gather(
+        *(
+            answer(
+                engine, prompt, max_tokens=30, ignore_eos=True, interventions=(conditional,) * has,
+                watch=RequestWatch(Roster([ours], noted), np.ones(1, dtype=bool)) if watched else None,
+            )
+            for has in (0, 1) for watched in (False, True)
+        )
+    )  # fmt: skip
+    found: list[list[int]] = []
+    for has in (0, 1):
+        for watched in (False, True):
+            fed, since, seen = list(prompt), 1 << 30, set[int]()
+
+            def passes(s: torch.Tensor) -> torch.Tensor:
+                return held.dictionary.encode_features(s[None], torch.tensor([other]))[0, 0]
+
+            for _ in range(30):
+                active: list[bool] = []
+
+                def look(s: torch.Tensor, active: list[bool] = active) -> torch.Tensor:
+                    active.append(bool(passes(s) > 0.5))
+                    return s
+
+                def change(s: torch.Tensor, active: list[bool] = active) -> torch.Tensor:
+                    return s + 0.5 * torch.from_numpy(v) if active.pop(0) else s
+
+                # The request's own come first: its condition sees the stream before the monitor's edit of it.
+                hooks: list[Any] = [(at, lambda p: True, look), (LATE, lambda p: True, change)] * has
+                hooks.append((at, lambda p, since=since: p >= since, set_feature))
+                logprobs, captured = oracle.forward(fed, hooks, (at,))
+                last = held.dictionary.encode_features(captured[at][-1:], torch.tensor([feature]))[0, 0]
+                if watched and len(fed) > len(prompt) and since > len(fed) and float(last) > bar:
+                    since = len(fed)
+                fed.append(int(logprobs[-1].argmax()))
+                seen.add(since)
+            found.append(fed[len(prompt) :])
+            assert not watched or len(seen) == 2, "it steers, from some way in"
+    assert [given.ids for given in answers] == found
+    assert found[0] != found[1] and found[2] != found[3]
+    assert [len(given.finished.receipt) for given in answers] == [0, 0, 1, 1]
 
 
 @on_both

@@ -485,7 +485,9 @@ class VllmEngine(Engine):
             assert ending is not None, "vLLM's outputs end with the generation"
             # The last token is never fed; of a generation that was aborted it was not taken.
             n_fed = len(token_ids) - (ending.abort is None)
-            receipt = () if join is None else await join.receipt(token_ids, n_fed, looking.steered)
+            receipt = (
+                () if join is None else await join.receipt(token_ids, n_fed, looking.steered, looking.n_seen)
+            )
             transcript.finish(ending, receipt, flags=looking.flags)
             yield events
 

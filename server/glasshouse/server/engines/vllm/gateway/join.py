@@ -186,10 +186,11 @@ class Join:
         return self._run_start > position or not self._unclosed
 
     async def receipt(
-        self, token_ids: Sequence[int], n_fed: int, steered: Mapping[int, Ranges] = NOWHERE
+        self, token_ids: Sequence[int], n_fed: int, steered: Mapping[int, Ranges] = NOWHERE, n_seen: int = 0
     ) -> tuple[InterventionReceipt, ...]:
         """What was applied at the `n_fed` positions of `token_ids` that were fed. `steered`: where the edits of each
-        watch of the plan were due; nothing is reported of them, but they too are applied wherever they are due.
+        watch of the plan were due, as far as `n_seen` positions have been looked at: nothing is reported of them, but they
+        too are applied wherever they are due.
 
         Raises:
             FailedPrecondition: an edit ran at fewer positions than its selector covers, or at more.
@@ -202,7 +203,7 @@ class Join:
             await self._until(lambda: not self._unclosed, "the account of the conditions did not come")
         applied: dict[int, int] = {}
         for ledger in self._ledgers.values():
-            ledger.steered(steered, n_fed)
+            ledger.steered(steered, min(n_seen, n_fed - 1) + 1)
             mismatch = ledger.first_mismatch(token_ids)
             if mismatch is not None:
                 start, count, found, expected = mismatch

@@ -33,6 +33,11 @@ class Looking:
         return () if self._watched is None else self._watched.flags
 
     @property
+    def n_seen(self) -> int:
+        """The positions that monitors have looked at."""
+        return 0 if self._watched is None else self._watched.n_seen
+
+    @property
     def steered(self) -> Mapping[int, Ranges]:
         """Where each watch of `steering` has had its edits in force."""
         return {} if self._watched is None else self._watched.steered

@@ -90,6 +90,10 @@ class WatchedRequest:
             points = dict.fromkeys(point.name for one in watches for point in one.source.points)
             scored = tuple(table.resolve(name) for name in points)
             self.readouts += (PreparedReadout(index=SCORES, points=scored, positions=positions),)
+        # Of the positions beyond the prompt, one after the other.
+        self._step: WatchedPass | None = None
+        # Positions that have been looked at: where the roster fails, none from then on.
+        self.n_seen = 0
 
     @property
     def steered(self) -> dict[int, Ranges]:
@@ -109,8 +113,12 @@ class WatchedRequest:
     def over_prompt(self, readouts: Sequence[PromptReadout]) -> None:
         """The prompt has been read."""
         self._watch.begin(self._prompt)
-        if not self._on_prompt:
-            return
+        if self._on_prompt:
+            self._see_prompt(readouts)
+        if not self._watch.roster.broken:
+            self.n_seen = len(self._prompt)
+
+    def _see_prompt(self, readouts: Sequence[PromptReadout]) -> None:
         found = {part.readout: part.values for part in readouts if part.readout <= _FIRST_INDEX}
         watched = WatchedPass([self._watch], one_token=False)
         watched.begin()
@@ -126,7 +134,9 @@ class WatchedRequest:
         """A position beyond the prompt has been read: `token_id` was fed there."""
         if self._watch.wants_text:
             self._watch.generated.append(token_id)
-        watched = WatchedPass([self._watch], one_token=True)
+        if self._step is None:
+            self._step = WatchedPass([self._watch], one_token=True)
+        watched = self._step
         watched.begin()
         for index, name in self._names.items():
             value = values[index]
@@ -136,6 +146,8 @@ class WatchedRequest:
         if self._steers:
             watched.give(self._steers, _array(values[SCORES])[None])
         watched.conclude_step([position], [token_id])
+        if not self._watch.roster.broken:
+            self.n_seen = position + 1
 
 
 def _array(values: object) -> Array:

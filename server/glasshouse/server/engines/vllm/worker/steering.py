@@ -170,7 +170,9 @@ def steered_request(plan: RequestPlan, roster: Roster) -> SteeredRequest:
     watch.steers = dict.fromkeys(range(len(roster)), ())
     watch.begin(range(plan.n_prompt))
     (readout,) = [readout for readout in plan.readouts if readout.kind == "scores"]
-    return SteeredRequest(watch=watch, n_prompt=plan.n_prompt, frontier=readout.clause.ranges[0][0])
+    # No position counts where nothing beyond the prompt is fed.
+    frontier = min((low for low, _ in readout.clause.ranges), default=plan.n_prompt)
+    return SteeredRequest(watch=watch, n_prompt=plan.n_prompt, frontier=frontier)
 
 
 @dataclass(eq=False, kw_only=True)
