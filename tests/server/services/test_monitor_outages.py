@@ -149,7 +149,7 @@ async def test_a_reader_that_sleeps_is_told_what_it_missed(
             "sad", aggregation=pb.MonitorAggregation(kind=pb.AGGREGATION_KIND_EXPONENTIAL, weight=1)
         )
         room = at.served.server._running.monitors  # type: ignore[union-attr]
-        sleeping = room.bus.subscribe(lambda event: True)
+        sleeping = room.hearing.bus.subscribe(lambda event: True)
         async with Watch(at.monitors, name="sad") as awake:
             for _ in range(3):
                 await at.generate()

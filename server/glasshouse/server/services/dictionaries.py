@@ -105,7 +105,7 @@ class DictionaryServicer:
         """Forgets a dictionary; requests that hold it finish. One that monitors use stays."""
         model, held = self._find(request.name, "name")
         if self._monitors is not None:
-            self._monitors.check_unused(model.engine.info.name, held.name)
+            self._monitors.in_force.check_unused(model.engine.info.name, held.name)
         model.engine.dictionaries.remove(held.name)
         return pb.UnloadDictionaryResponse()
 

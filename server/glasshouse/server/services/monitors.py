@@ -50,7 +50,9 @@ class MonitorServicer:
         if not request.HasField("spec"):
             raise fields.required("spec", "what it is", "send a MonitorSpec")
         spec = await self._spec(request.spec, model)
-        monitor = await self._room.create(model.engine.info.name, request.monitor, spec, call.caller)
+        monitor = await self._room.publisher.create(
+            model.engine.info.name, request.monitor, spec, call.caller
+        )
         return pb.CreateMonitorResponse(monitor=self._message(monitor))
 
     async def UpdateMonitor(self, request: pb.UpdateMonitorRequest, call: Call) -> pb.UpdateMonitorResponse:
@@ -66,27 +68,29 @@ class MonitorServicer:
                 raise fields.out_of_range(
                     f"update_mask.paths[{index}]", repr(path), f"one of: {', '.join(sorted(FIELDS))}"
                 )
-        latest = await self._room.published(replace(reference, version=None))
+        latest = await self._room.publisher.published(replace(reference, version=None))
         merged = _merged(spec_message(latest.spec), request.spec, paths)
         spec = await self._spec(merged, model)
         # Whoever comes between is noticed by the version's number.
         based_on = replace(reference, version=reference.version or latest.reference.version)
-        monitor = await self._room.update(model.engine.info.name, based_on, spec, call.caller)
+        monitor = await self._room.publisher.update(model.engine.info.name, based_on, spec, call.caller)
         return pb.UpdateMonitorResponse(monitor=self._message(monitor))
 
     async def GetMonitor(self, request: pb.GetMonitorRequest, call: Call) -> pb.GetMonitorResponse:
         """The version in force as it runs here; any other as it was published."""
         model, reference = self._named(request.name)
-        monitor = self._room.find(model.engine.info.name, reference.name)
+        monitor = self._room.in_force.find(model.engine.info.name, reference.name)
         if monitor is not None and reference.version in (None, monitor.published.reference.version):
             return pb.GetMonitorResponse(monitor=self._message(monitor))
-        return pb.GetMonitorResponse(monitor=published_message(await self._room.published(reference)))
+        return pb.GetMonitorResponse(
+            monitor=published_message(await self._room.publisher.published(reference))
+        )
 
     async def ListMonitors(self, request: pb.ListMonitorsRequest, call: Call) -> pb.ListMonitorsResponse:
         """What is in force, from memory."""
         model = self._catalogue.find(request.model, "model")
         shown, token = page(
-            self._room.all(model.engine.info.name),
+            self._room.in_force.all(model.engine.info.name),
             page_size=request.page_size,
             page_token=request.page_token,
             default=50,
@@ -110,7 +114,7 @@ class MonitorServicer:
                 value=request.name,
                 remedy=f"delete {reference.name!r}, or update it: the next version replaces this one",
             )
-        await self._room.delete(model.engine.info.name, reference.name)
+        await self._room.publisher.delete(model.engine.info.name, reference.name)
         return pb.DeleteMonitorResponse()
 
     async def WatchMonitor(
@@ -124,7 +128,7 @@ class MonitorServicer:
         def wanted(event: Event) -> bool:
             return _is_of(event, model.engine.info.name, reference) and (not kinds or event.kind in kinds)
 
-        subscription = self._room.bus.subscribe(wanted)
+        subscription = self._room.hearing.bus.subscribe(wanted)
         try:
             yield pb.WatchMonitorResponse(start=request.after_event or new_id(datetime.now(tz=UTC)))
             seen: set[str] = set()
@@ -142,7 +146,7 @@ class MonitorServicer:
                 for message in _messages(events, n_dropped):
                     yield message
         finally:
-            self._room.bus.unsubscribe(subscription)
+            self._room.hearing.bus.unsubscribe(subscription)
 
     async def ListMonitorEvents(
         self, request: pb.ListMonitorEventsRequest, call: Call
@@ -182,7 +186,7 @@ class MonitorServicer:
         inputs = await InputReader(model, self._limits).prompts(wish.inputs, field)
         for index, tokens in enumerate(inputs):
             InputReader(model, self._limits).check_fits(len(tokens), 1, f"{field}[{index}]")
-        watch = await self._room.trial(model.engine.info.name, spec)
+        watch = await self._room.publisher.trial(model.engine.info.name, spec)
         histogram = await calibrate(watch, model.engine, inputs, field=field)
         return replace(wish.settings, calibration=histogram)
 
@@ -195,11 +199,11 @@ class MonitorServicer:
         self, model: ServedModel, reference: Reference | None, since: datetime
     ) -> tuple[list[Event], int]:
         """The newest events of the registry since then, oldest first, and how many older ones are left out."""
-        await self._room.settled()
+        await self._room.hearing.settled()
         references = (
             [reference]
             if reference is not None
-            else [monitor.published.reference for monitor in self._room.all(model.engine.info.name)]
+            else [monitor.published.reference for monitor in self._room.in_force.all(model.engine.info.name)]
         )
         log = self._room.registry.events
 

@@ -9,7 +9,8 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from glasshouse.server.monitors.room import MonitorCounts, MonitorRoom
+from glasshouse.server.monitors.hearing import MonitorCounts
+from glasshouse.server.monitors.room import MonitorRoom
 from glasshouse.server.monitors.running import Monitor, State
 from glasshouse.server.monitors.statistics import ScoreCounts
 
@@ -18,8 +19,8 @@ OUTCOMES = ("delivered", "retried", "failed", "dropped")
 
 def monitor_families(room: MonitorRoom | None) -> Iterable[Metric]:
     """Every metric of monitors; without a room, with nothing in them."""
-    monitors = [] if room is None else room.everywhere()
-    counts = MonitorCounts() if room is None else room.counts()
+    monitors = [] if room is None else room.in_force.everywhere()
+    counts = MonitorCounts() if room is None else room.hearing.counts()
     yield _scores(monitors)
     events = CounterMetricFamily(
         "glasshouse_monitor_events", "Events of monitors, by the action taken.", labels=["monitor", "action"]
