@@ -7,17 +7,17 @@ from itertools import pairwise
 
 import pytest
 
-from glasshouse.server.services.pacing import Pace
+from glasshouse.server.services.pacing import Pace, Tempo
 from glasshouse.server.types.configuration import StreamSettings
 
 BEGUN_S = 100.0137
 
 
 def played(
-    times_s: Sequence[float], open_streams: int = 32, max_tokens: int | None = None, **settings: float
+    times_s: Sequence[float], open_streams: int = 32, *, tempo: Tempo | None = None, **settings: float
 ) -> list[tuple[float, int]]:
     """When messages go out, and with how many tokens, where tokens come at `times_s`."""
-    pace = Pace(StreamSettings(**settings), max_tokens or len(times_s))
+    pace = Pace(StreamSettings(**settings), tempo or Tempo(), len(times_s))
     sent, now, messages = 0, 0.0, []
     while sent < len(times_s):
         now = max(now, times_s[sent])
@@ -42,7 +42,7 @@ def test_the_last_token_goes_out_as_it_comes(n_tokens: int, step_s: float, open_
     assert messages[-1][0] == pytest.approx(times_s[-1], abs=1e-9)
 
 
-@pytest.mark.parametrize("faster", [1.0, 1.3])
+@pytest.mark.parametrize("faster", [1.0, 1.1])
 def test_nor_is_it_late_where_tokens_come_faster_towards_the_end(faster: float) -> None:
     times_s = steady(50, 0.003)
     times_s += [times_s[-1] + index * 0.003 / faster for index in range(1, 15)]
@@ -75,7 +75,19 @@ def test_without_gathering_every_token_goes_out_as_it_comes(settings: dict[str, 
     assert played(times_s, **settings) == [(time_s, 1) for time_s in times_s]
 
 
-def test_the_first_token_is_not_held() -> None:
-    pace = Pace(StreamSettings(), 100)
-    assert pace.pause_s(1, 32, BEGUN_S) == 0.0
-    assert pace.pause_s(1, 32, BEGUN_S + 0.003) > 0.0
+def test_the_first_token_is_not_held_and_the_second_only_once_the_tempo_is_known() -> None:
+    tempo, times_s = Tempo(), steady(64, 0.003)
+    first = played(times_s, tempo=tempo)
+    assert first[:2] == [(time_s, 1) for time_s in times_s[:2]]
+    assert tempo.token_s is not None
+    next_one = played(times_s, tempo=tempo)
+    assert next_one[0] == (times_s[0], 1) and next_one[1][1] > 1
+    assert next_one[-1][0] == pytest.approx(times_s[-1], abs=1e-9)
+    assert len(next_one) < len(first)
+
+
+def test_a_stream_that_is_over_soon_is_not_held_to_a_tick() -> None:
+    tempo = Tempo()
+    played(steady(64, 0.003), tempo=tempo)
+    times_s = steady(3, 0.003)
+    assert played(times_s, tempo=tempo)[-1][0] == pytest.approx(times_s[-1], abs=1e-9)

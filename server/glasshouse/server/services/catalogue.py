@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from glasshouse.server.types.errors import NotFound
 from glasshouse.wire import reasons
 
 from . import fields
+from .pacing import Tempo
 from .token_strings import TokenStrings
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class ServedModel:
 
     engine: Engine
     strings: TokenStrings
+    tempo: Tempo = field(default_factory=Tempo)
 
     @property
     def resource_name(self) -> str:

@@ -63,7 +63,7 @@ class GenerationServicer:
         model = self._catalogue.find(request.model, "model")
         wanted = await self._request(request, model, call)
         pack = TokenMessages(model.strings, self._limits.max_message_bytes).pack
-        pace = Pace(self._streams, wanted.max_tokens)
+        pace = Pace(self._streams, model.tempo, wanted.max_tokens)
         watch = self._watch(request, model, call)
         events = model.engine.generate(wanted) if watch is None else model.engine.generate(wanted, watch)
         async with aclosing(events) as batches:

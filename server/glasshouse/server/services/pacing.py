@@ -11,17 +11,25 @@ from __future__ import annotations
 from glasshouse.server.types.configuration import StreamSettings
 
 # How much of the time to the end is waited for: the tokens to come may take that much less than those before.
-_SHARE = 0.8
+_SHARE = 0.9
 # A tick that is no further off, in ticks, is the one that has just come.
 _NOW = 0.01
+
+
+class Tempo:
+    """What a token takes: in the stream that was last asked. New streams begin with it. One for all streams of a model."""
+
+    def __init__(self) -> None:
+        self.token_s: float | None = None
 
 
 class Pace:
     """The pauses of one stream of at most `max_tokens` tokens."""
 
-    def __init__(self, settings: StreamSettings, max_tokens: int) -> None:
+    def __init__(self, settings: StreamSettings, tempo: Tempo, max_tokens: int) -> None:
         self._per_stream_s = settings.gather_ms_per_stream / 1000
         self._most_s = settings.max_gather_ms / 1000
+        self._tempo = tempo
         self._left = max_tokens
         self._last: float | None = None
 
@@ -30,11 +38,17 @@ class Pace:
         last, self._last = self._last, now
         self._left -= n_new
         tick_s = min(self._per_stream_s * open_streams, self._most_s)
-        # The first token is not held, and says nothing of the time that the others take.
-        if last is None or tick_s <= 0:
+        if tick_s <= 0:
             return 0.0
-        # Of the tokens' times only as much is certain: one more may have begun, and the next may be almost here.
-        token_s = (now - last) / (n_new + 1)
+        if last is None:
+            # The time to the first token says nothing of the time that the others take.
+            token_s = self._tempo.token_s
+            if token_s is None:
+                return 0.0
+        else:
+            # Only so much is certain: one more token may have begun.
+            token_s = self._tempo.token_s = (now - last) / (n_new + 1)
+        # Nor is it certain that the next token is not almost here.
         most_s = _SHARE * token_s * (self._left - 1)
         to_tick_s = tick_s - now % tick_s
         if to_tick_s < tick_s * _NOW:

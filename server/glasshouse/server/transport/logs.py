@@ -26,7 +26,8 @@ def build_logger(settings: LogSettings, stream: TextIO | None = None) -> Logger:
         processors=[*_common(), *_rendering(settings, target)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
     )
-    return cast(Logger, logger)
+    # Bound once: the proxy would be bound again for every line.
+    return cast(Logger, logger.bind())
 
 
 def route_library_logs(settings: LogSettings) -> None:
