@@ -472,7 +472,10 @@ class ScoreRequest(_message.Message):
     model: _builtins.str
     """Format: `models/{model}`, or `{model}` alone. Default: the only model served."""
     top_k: _builtins.int
-    """Alternatives to report with each position. Default: 0. Limit: 100."""
+    """Alternatives to report with each position. Default: 0. Limit: 100. The answer is one message (limits.max_message_bytes, 4 MiB): where
+    so many at so many positions would not fit, RESOURCE_EXHAUSTED (MESSAGE_TOO_LARGE) says before anything runs what
+    would.
+    """
     @_builtins.property
     def input(self) -> _inputs_pb2.Input:
         """The sequence to score. Required; at least one token."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from glasshouse.server.types.configuration import Settings, StreamSettings
 from glasshouse.server.types.generation import GenerationRequest
 from glasshouse.server.types.interventions import AddVector, ScaleFeatures, SetFeatures
+from glasshouse.server.types.models import ModelInfo
 from glasshouse.server.types.readouts import ReadFeatures
 from glasshouse.v1 import generation_pb2 as pb
 from glasshouse.wire.tensors import TensorAssembler, pack, unpack
@@ -285,18 +288,60 @@ async def test_score() -> None:
     assert not bare.top
 
 
-async def test_an_answer_too_large_for_a_message_is_refused_with_the_way_out() -> None:
-    engine = FakeEngine()
+@pytest.mark.parametrize("n_tokens", [120, 500, 2000])
+async def test_a_score_too_large_for_a_message_is_refused_before_it_runs(n_tokens: int) -> None:
+    """What is said to fit does; what is refused has cost nothing."""
+    engine = long_engine(4096)
     async with serving(engine, settings=small_messages()) as served:
-        asked = pb.ScoreRequest(input={"text": "x" * 500}, top_k=100)
-        before = await refusal(lambda: served.generation.Score(asked))
-        asked.top_k = 13
-        after = await refusal(lambda: served.generation.Score(asked))
-    assert (before.reason, before.field) == ("MESSAGE_TOO_LARGE", "top_k")
-    assert (after.code, after.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+        asked = pb.ScoreRequest(input={"text": "x" * (n_tokens - 1)}, top_k=100)
+        refused = await refusal(lambda: served.generation.Score(asked))
+        assert (refused.code, refused.reason) == ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")
+        assert (refused.field, refused.metadata["value"]) == ("top_k", "100")
+        assert not engine.seen, "nothing ran"
+        fits = int(refused.metadata["top_k_that_fits"])
+        assert (f"top_k of at most {fits}," in refused.metadata["remedy"]) == (fits > 0)
+        asked.top_k = fits
+        response = await served.generation.Score(asked)
+        assert len(engine.seen) == 1 and response.ByteSize() <= SMALL
+        assert response.ByteSize() > SMALL / 3 or not fits, "not much less than would fit"
+
+
+async def test_a_score_of_a_text_too_long_for_a_message_names_the_input() -> None:
+    engine = long_engine(8192)
+    async with serving(engine, settings=small_messages()) as served:
+        asked = pb.ScoreRequest(input={"text": "x" * 8000})
+        refused = await refusal(lambda: served.generation.Score(asked))
+        assert (refused.reason, refused.field) == ("MESSAGE_TOO_LARGE", "input")
+        n_fit = int(re.search(r"at most about (\d+) tokens", refused.metadata["remedy"])[1])  # type: ignore[index]
+        asked.input.text = "x" * (n_fit - 10)
+        assert (await served.generation.Score(asked)).ByteSize() <= SMALL
+
+
+async def test_alternatives_longer_than_the_vocabularys_are_measured() -> None:
+    """Strings that no sample of the vocabulary foretells: refused in the same words, once they are known."""
+    engine = FakeEngine()
+    engine.codec.token_strings = lambda ids: ["y" * 300 if i == 65 else "y" for i in ids]  # type: ignore[method-assign]
+    async with serving(engine, settings=small_messages()) as served:
+        asked = pb.ScoreRequest(input={"text": "x" * 199}, top_k=10)
+        refused = await refusal(lambda: served.generation.Score(asked))
+        assert (refused.reason, refused.field) == ("MESSAGE_TOO_LARGE", "top_k")
+        assert len(engine.seen) == 1
+        assert 0 < int(refused.metadata["top_k_that_fits"]) < 10
+
+
+SMALL = 50_000
+
+
+def long_engine(context_length: int) -> FakeEngine:
+    class Long(FakeEngine):
+        @property
+        def info(self) -> ModelInfo:
+            return replace(super().info, context_length=context_length)
+
+    return Long()
 
 
 def small_messages() -> Settings:
     from glasshouse.server.types.limits import Limits
 
-    return Settings(limits=Limits(max_message_bytes=50_000))
+    return Settings(limits=Limits(max_message_bytes=SMALL))

@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from time import perf_counter
-
-import numpy as np
 
 from glasshouse.server.engines.watching import RequestWatch
 from glasshouse.server.monitors.room import MonitorRoom
 from glasshouse.server.monitors.spec import Subject, check_labels
 from glasshouse.server.types.configuration import StreamSettings
-from glasshouse.server.types.errors import ResourceExhausted
 from glasshouse.server.types.generation import (
     Finished,
     GenerationRequest,
     NewToken,
     Prefilled,
     ScoreRequest,
-    ScoreResult,
 )
 from glasshouse.server.types.limits import Limits
 from glasshouse.v1 import generation_pb2 as pb
-from glasshouse.wire import reasons
 
-from . import fields, parameters
+from . import fields, parameters, scores
 from .call import Call
 from .catalogue import Catalogue, ServedModel
 from .conditions import abort_conditions, flag_trailers
 from .events import TokenMessages, finished_message, prompt_messages
 from .inputs import InputReader
-from .interventions import interventions, receipts
+from .interventions import interventions
 from .pacing import Pace
-from .readouts import fill_top_tokens, readouts
-from .tensors import fill
-from .token_strings import TokenStrings
+from .readouts import readouts
 
-# The least that a reported alternative takes in a message: its id, log-probability and string.
-_TOP_ENTRY_LEAST_BYTES = 7
+# Of so many tokens, strings are made on the event loop; of more, in a thread.
 _INLINE_ENTRIES = 4096
 
 
@@ -100,16 +92,21 @@ class GenerationServicer:
         tokens = await InputReader(model, self._limits).prompt(
             request.input, request.HasField("input"), "input"
         )
-        least = len(tokens) * top_k * _TOP_ENTRY_LEAST_BYTES
-        if least > self._limits.max_message_bytes:
-            raise self._top_too_large(len(tokens), top_k)
+        most, vocab_size = self._limits.max_message_bytes, model.engine.info.vocab_size
+        if scores.may_be_large(len(tokens), top_k, most):
+            await asyncio.to_thread(
+                scores.check_size, tokens, top_k, len(edits), model.strings, vocab_size, most
+            )
         result = await model.engine.score(
             ScoreRequest(tokens=tokens, interventions=edits, top_k=top_k, request_id=call.request_id)
         )
         call.accepted(len(tokens), [edit.edit.kind for edit in edits])
         if len(tokens) * (top_k + 1) <= _INLINE_ENTRIES:
-            return _score(tokens, result, model.strings)
-        return await asyncio.to_thread(_score, tokens, result, model.strings)
+            response = scores.score_message(tokens, result, model.strings)
+        else:
+            response = await asyncio.to_thread(scores.score_message, tokens, result, model.strings)
+        scores.check_answer(response, top_k, most)
+        return response
 
     async def _request(
         self, request: pb.GenerateRequest, model: ServedModel, call: Call
@@ -156,23 +153,3 @@ class GenerationServicer:
             tell_text=self._monitors.may_tell(request.allow_text_in_events),
         )
         return self._monitors.attach(model.engine.info.name, subject)
-
-    def _top_too_large(self, n_tokens: int, top_k: int) -> ResourceExhausted:
-        most = self._limits.max_message_bytes // (n_tokens * 2 * _TOP_ENTRY_LEAST_BYTES)
-        return ResourceExhausted(
-            f"{top_k} alternatives at {n_tokens} positions do not fit one message",
-            reason=reasons.MESSAGE_TOO_LARGE,
-            field="top_k",
-            value=top_k,
-            remedy=f"ask for about {most} alternatives, or score a shorter input",
-        )
-
-
-def _score(tokens: Sequence[int], result: ScoreResult, strings: TokenStrings) -> pb.ScoreResponse:
-    response = pb.ScoreResponse(token_ids=tokens, receipt=receipts(result.receipt), tokens=strings.of(tokens))
-    fill(response.logprobs, result.logprobs.astype(np.float32, copy=False))
-    if result.top:
-        response.top.add()
-        for top in result.top:
-            fill_top_tokens(response.top.add(), top, strings)
-    return response
