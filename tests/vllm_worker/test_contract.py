@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from glasshouse.server.engines.vllm.contract import (
     ReadoutPlan,
     RequestPlan,
     RowBlock,
+    Steering,
     StepError,
     StepReport,
+    WatchPlan,
     WorkerSettings,
     cache_salt,
     clause_of,
@@ -33,6 +36,7 @@ from glasshouse.server.engines.vllm.contract import (
 )
 from glasshouse.server.engines.vllm.worker import runners
 from glasshouse.server.interventions.edits import PreparedEdit, Primitive, Scalars
+from glasshouse.server.probes.aggregation import Aggregation, Rule
 from glasshouse.server.types.hook_points import HookPoint
 from glasshouse.server.types.selectors import ResolvedPositions
 
@@ -51,6 +55,13 @@ def add(index: int = 0, clause: Clause = EVERYWHERE) -> EditPlan:
     )
 
 
+def watch_plan(on_above: float = 0.5) -> WatchPlan:
+    return WatchPlan(
+        kind="probe", sites=("a", "b"), rule=Rule(aggregation=Aggregation.MEAN, on_above=on_above, off_below=0.4),
+        on_prompt=True, on_generated=False, while_on=True, skip_token_ids=(1, 2), probe="p", column=3, margin=True,
+    )  # fmt: skip
+
+
 def test_a_plan_survives_packing() -> None:
     pytest.importorskip("msgspec")
     plan = RequestPlan(
@@ -64,6 +75,7 @@ def test_a_plan_survives_packing() -> None:
                 aggregation="max", weights=b"\1\2", source=None,
             ),
         ),
+        watches=(watch_plan(),),
     )  # fmt: skip
     assert unpack_plan(pack_plan(plan)) == plan
 
@@ -190,6 +202,36 @@ def test_the_account_of_edits() -> None:
     assert ledger.first_mismatch(tokens) == (8, 1, 1, 2)
 
 
+def test_the_account_of_edits_that_wait() -> None:
+    """Those of a watch are due where it had them in force; what ran beyond what was looked at is not asked about."""
+
+    def account() -> Ledger:
+        ledger = Ledger([add(), replace(add(1, Clause(ranges=((0, 6), (7, 100)), n_prompt=3)), watch=0)])
+        ledger.ran(0, 3, 3)
+        for position, applied in ((3, 1), (4, 2), (5, 2), (6, 1), (7, 2), (8, 1), (9, 1)):
+            ledger.ran(position, 1, applied)
+        # Preempted: all of it in one run.
+        ledger.ran(0, 9, 9 + 3)
+        return ledger
+
+    right, late, other, early = account(), account(), account(), account()
+    right.steered({0: [(4, 8)]}, 9)
+    late.steered({0: [(5, 8)]}, 9)
+    other.steered({1: [(4, 8)]}, 9)
+    early.steered({0: [(4, 8)]}, 10)
+    assert right.first_mismatch([1] * 10) is None and early.first_mismatch([1] * 10) is None
+    assert late.first_mismatch([1] * 10) == (4, 1, 2, 1)
+    assert other.first_mismatch([1] * 10) == (4, 1, 2, 1)
+    beyond = account()
+    beyond.ran(9, 1, 2)
+    beyond.steered({0: [(4, 8)]}, 9)
+    assert beyond.first_mismatch([1] * 10) is None
+    without = Ledger([add()])
+    without.ran(0, 3, 2)
+    without.steered({}, 0)
+    assert without.first_mismatch([1] * 3) == (0, 3, 2, 3), "nobody steers it: every run is asked about"
+
+
 def edit(vector: float, positions: ResolvedPositions, name: str = "blocks.0.hook_resid_post") -> PreparedEdit:
     point = HookPoint(
         name=name,
@@ -222,6 +264,14 @@ def test_the_salt_tells_edits_apart() -> None:
         salt(one, one), salt(one, epoch=1), salt(one, user_salt="u"),
     ]  # fmt: skip
     assert len({salt(one), *different}) == len(different) + 1
+
+    def steered(n_prompt: int, waiting: tuple[PreparedEdit, ...] = (one,), bar: float = 0.5) -> str | None:
+        # What the watches say is in their plans.
+        steering = Steering(watches=(), edits=(waiting,), n_prompt=n_prompt)
+        return salt(one, steering=steering, watches=(watch_plan(bar),))
+
+    assert steered(3) == steered(3)
+    assert len({salt(one), salt(one, one), steered(3), steered(4), steered(3, ()), steered(3, bar=0.6)}) == 6
 
 
 def test_the_settings_are_in_the_compile_hash() -> None:

@@ -341,7 +341,7 @@ def test_dormant_edits_cost_no_plan(made: Any) -> None:
 def test_drafts_fail_the_request_with_a_word_and_no_other(made: Any) -> None:
     toy, hooks, collector = made()
     hooks.probes.update({key: one.to("cpu") for key, one in PROBES.items()})
-    steered, plain = simple(1, bar=1.0), simple(2, bar=1.0)
+    steered, plain, prefill = simple(1, bar=1.0), simple(2, bar=1.0), simple(3, bar=1.0, n_prompt=15, n_new=1)
     plain.plan = replace(plain.plan, edits=(), watches=(), readouts=plain.plan.readouts[:1])
 
     class AlwaysDrafts(random.Random):
@@ -353,9 +353,10 @@ def test_drafts_fail_the_request_with_a_word_and_no_other(made: Any) -> None:
         def randint(self, a: int, b: int) -> int:
             return b
 
-    Schedule(toy, hooks, [steered, plain], AlwaysDrafts(0), preempts=False).run()
+    # One more under the same monitor, which drafts nothing.
+    Schedule(toy, hooks, [steered, plain, prefill], AlwaysDrafts(0), preempts=False).run()
     assert collector.errors[1].startswith(NOT_APPLIED) and "before the last was scored" in collector.errors[1]
-    assert 2 not in collector.errors
+    assert collector.errors.keys() == {1}
 
 
 def test_a_score_that_fails_fails_its_requests_and_no_other(made: Any) -> None:

@@ -360,19 +360,20 @@ class Hooks:
 
     def _conclude(self, plan: StepPlan, captured: Mapping[int, Tensor]) -> list[RowBlock]:
         """Lets monitors that steer decide on the next pass; the scores that they decided by."""
-        blocks = []
+        blocks: list[RowBlock] = []
         for watched in plan.watched:
             if any(site not in captured for site in watched.sites):
                 continue  # it did not fire: its requests have failed
             try:
-                block, changed = watched.conclude(captured, self._token_ids, plan.age)
+                found = watched.conclude(captured, self._token_ids, plan.age)
             except Exception as error:
                 self._fail_all(watched.requests, NOT_APPLIED, f"monitors could not steer: {said(error)}")
                 continue
-            if changed:
+            if found.changed:
                 self._last_ids = []
-            if block is not None:
-                blocks.append(block)
+            for request, why in found.failed:
+                self._fail(request, NOT_APPLIED, f"monitors could not steer: {why}")
+            blocks += found.blocks
         return blocks
 
     def _ran(self, plan: StepPlan) -> Ran:

@@ -175,6 +175,15 @@ def steered_request(plan: RequestPlan, roster: Roster) -> SteeredRequest:
     return SteeredRequest(watch=watch, n_prompt=plan.n_prompt, frontier=frontier)
 
 
+@dataclass(eq=False)
+class Concluded:
+    """What a pass came to: scores to send, requests that failed, with why, and whether edits in force have changed."""
+
+    blocks: list[RowBlock] = field(default_factory=list)
+    failed: list[tuple[InstalledRequest, str]] = field(default_factory=list)
+    changed: bool = False
+
+
 @dataclass(eq=False, kw_only=True)
 class WatchedRows:
     """The rows of a pass that one roster looks at: those of `requests` follow one another, cut at `edges`. `rows`: in the
@@ -183,6 +192,7 @@ class WatchedRows:
 
     answer: Answer
     requests: Sequence[InstalledRequest]
+    steered: Sequence[SteeredRequest]
     edges: Array
     rows: Array
     sites: Sequence[int]
@@ -195,91 +205,112 @@ class WatchedRows:
         """Of an answer and the rows that it takes at each site."""
         edges = np.concatenate([[0], np.flatnonzero(np.diff(answer.tags)) + 1, [len(answer.tags)]])
         by_tag = {member.tag: member for member in members}
+        requests = [by_tag[tag] for tag in answer.tags[edges[:-1]].tolist()]
         return cls(
             answer=answer,
-            requests=[by_tag[tag] for tag in answer.tags[edges[:-1]].tolist()],
+            requests=requests,
+            steered=[request.steering for request in requests if request.steering is not None],
             edges=edges,
             rows=at[0][1],
             sites=[site for site, _ in at],
         )
 
     @torch.inference_mode()
-    def conclude(
-        self, captured: Mapping[int, Tensor], token_ids: Callable[[], Array], age: int
-    ) -> tuple[RowBlock | None, bool]:
-        """Scores the rows and steps the rules; what to send, and whether edits in force have changed. `age`: steps since
-        it was planned.
+    def conclude(self, captured: Mapping[int, Tensor], token_ids: Callable[[], Array], age: int) -> Concluded:
+        """Scores the rows and steps the rules. `age`: steps since it was planned.
 
         Raises:
-            ValueError: what can be seen now is too little, or too late, to steer by.
+            ValueError: they could not be scored.
         """
+        found = Concluded()
         parts = [
             captured[site] if place is None else captured[site].index_select(0, place)
             for site, place in zip(self.sites, self.answer.places, strict=True)
         ]
         positions = self.answer.positions + np.int32(age)
         tokens = token_ids()[self.rows]
-        steered = [steering for request in self.requests if (steering := request.steering) is not None]
-        starts = positions[self.edges[:-1]].tolist()
-        decoding = len(starts) == len(positions) and all(
-            start == one.frontier >= one.n_prompt for start, one in zip(starts, steered, strict=True)
-        )
-        step = self._step if decoding else self._run
-        block = step(steered, parts, positions, tokens)
-        roster = steered[0].roster
-        if roster.broken:
+        starts, counts = positions[self.edges[:-1]].tolist(), np.diff(self.edges).tolist()
+        decoding = [
+            place
+            for place, (start, count, one) in enumerate(zip(starts, counts, self.steered, strict=True))
+            if count == 1 and start == one.frontier >= one.n_prompt
+        ]
+        crossed = True
+        if len(decoding) == len(starts):
+            if self._decoding is None:
+                self._decoding = WatchedPass([one.watch for one in self.steered], one_token=True)
+            scores, crossed = self._step(self._decoding, self.steered, parts, positions, tokens)
+            found.blocks.append(self._block(slice(None), positions, scores))
+        else:
+            if decoding:
+                rows = self.edges[decoding]
+                steered = [self.steered[place] for place in decoding]
+                step = WatchedPass([one.watch for one in steered], one_token=True)
+                some = [part[rows] for part in parts]
+                scores, _ = self._step(step, steered, some, positions[rows], tokens[rows])
+                found.blocks.append(self._block(rows, positions[rows], scores))
+            for place in sorted(set(range(len(starts))).difference(decoding)):
+                try:
+                    new = self._run(place, parts, positions, tokens)
+                except ValueError as error:
+                    found.failed.append((self.requests[place], str(error)))
+                    continue
+                if new is not None:
+                    found.blocks.append(self._block(new[0], positions[new[0]], new[1]))
+        if self.steered[0].roster.broken:
             raise ValueError("a monitor that steers could not be scored")
-        changed = False
-        for request, one in zip(self.requests, steered, strict=True):
-            if one.n_turns != one.watch.n_turns:
-                one.put_in_force(request)
-                changed = True
-        return block, changed
+        if crossed:
+            for request, one in zip(self.requests, self.steered, strict=True):
+                if one.n_turns != one.watch.n_turns:
+                    one.put_in_force(request)
+                    found.changed = True
+        return found
 
     def _step(
-        self, steered: Sequence[SteeredRequest], parts: Sequence[Tensor], positions: Array, tokens: Array
-    ) -> RowBlock:
-        """One new position of each request, beyond its prompt."""
-        if self._decoding is None:
-            self._decoding = WatchedPass([one.watch for one in steered], one_token=True)
+        self,
+        step: WatchedPass,
+        steered: Sequence[SteeredRequest],
+        parts: Sequence[Tensor],
+        positions: Array,
+        tokens: Array,
+    ) -> tuple[Array, bool]:
+        """One new position of each request, beyond its prompt; the scores, and whether any threshold was passed."""
         fed = positions.tolist()
-        scores = _scored(steered[0].roster, self._decoding, [part[:, None] for part in parts])
-        self._decoding.conclude_step(fed, tokens.tolist())
+        scores = _scored(steered[0].roster, step, [part[:, None] for part in parts])
+        crossed = step.conclude_step(fed, tokens.tolist())
         for one, position in zip(steered, fed, strict=True):
             one.frontier = position + 1
-        return self._block(slice(None), positions, scores())
+        return scores(), crossed
 
     def _run(
-        self, steered: Sequence[SteeredRequest], parts: Sequence[Tensor], positions: Array, tokens: Array
-    ) -> RowBlock | None:
-        """Pieces of prompts, and whatever runs again; one request after the other."""
-        kept, found = [], []
-        for one, low, high in zip(steered, self.edges[:-1].tolist(), self.edges[1:].tolist(), strict=True):
-            start, stop = int(positions[low]), int(positions[high - 1]) + 1
-            if stop <= one.frontier:
-                continue
-            if start > one.frontier:
-                raise ValueError(f"position {one.frontier} has not been seen, position {start} runs")
-            new = slice(low + one.frontier - start, high)
-            in_prompt = stop <= one.n_prompt
-            if not in_prompt and (one.frontier < one.n_prompt or stop > one.frontier + 1):
-                raise ValueError(
-                    f"positions {one.frontier} to {stop - 1} run at once, each before the last was scored"
-                )
-            watched = WatchedPass([one.watch], one_token=not in_prompt)
-            scores = _scored(one.roster, watched, [part[new][None] for part in parts])
-            fed = tokens[new].tolist()
-            if in_prompt:
-                watched.conclude_prompts([Span(one.frontier, fed)])
-            else:
-                watched.conclude_step([one.frontier], fed)
-            one.frontier = stop
-            kept.append(np.arange(new.start, new.stop))
-            found.append(scores())
-        if not kept:
+        self, place: int, parts: Sequence[Tensor], positions: Array, tokens: Array
+    ) -> tuple[slice, Array] | None:
+        """A piece of a request's prompt, or what it runs again; the rows that are new and their scores, None of none.
+
+        Raises:
+            ValueError: what can be seen now is too little, or too late, to steer by.
+        """
+        one, low, high = self.steered[place], int(self.edges[place]), int(self.edges[place + 1])
+        start, stop = int(positions[low]), int(positions[high - 1]) + 1
+        if stop <= one.frontier:
             return None
-        rows = np.concatenate(kept)
-        return self._block(rows, positions[rows], np.concatenate(found))
+        if start > one.frontier:
+            raise ValueError(f"position {one.frontier} has not been seen, position {start} runs")
+        new = slice(low + one.frontier - start, high)
+        in_prompt = stop <= one.n_prompt
+        if not in_prompt and (one.frontier < one.n_prompt or stop > one.frontier + 1):
+            raise ValueError(
+                f"positions {one.frontier} to {stop - 1} run at once, each before the last was scored"
+            )
+        watched = WatchedPass([one.watch], one_token=not in_prompt)
+        scores = _scored(one.roster, watched, [part[new][None] for part in parts])
+        fed = tokens[new].tolist()
+        if in_prompt:
+            watched.conclude_prompts([Span(one.frontier, fed)])
+        else:
+            watched.conclude_step([one.frontier], fed)
+        one.frontier = stop
+        return new, scores()
 
     def _block(self, rows: Array | slice, positions: Array, scores: Array) -> RowBlock:
         return RowBlock(
