@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glasshouse.cli.options import (
@@ -22,7 +22,10 @@ from glasshouse.cli.options import (
 if TYPE_CHECKING:
     from glasshouse.client import Client, Model
 
-_SHARED = {
+Options = Mapping[str, tuple[Any, Any]]
+"""Options that commands share: of each its annotation and its default."""
+
+_SHARED: Options = {
     "model": (ModelName, None),
     "target": (Target, DEFAULT_TARGET),
     "api_key": (ApiKey, None),
@@ -58,11 +61,7 @@ def connecting(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _shared(command: Callable[..., None], given: Callable[[Chosen], Any]) -> Callable[..., None]:
-    parameters = resolved(list(inspect.signature(command).parameters.values())[2:], command)
-    parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _SHARED.items()
-    ]
+    _, _, *own = parameters_of(command)
 
     def run(**values: Any) -> None:
         shared = {name: values.pop(name) for name in _SHARED}
@@ -70,19 +69,30 @@ def _shared(command: Callable[..., None], given: Callable[[Chosen], Any]) -> Cal
         with connect(*way) as client:
             command(given(Chosen(client, shared["model"])), shared["json"], **values)
 
+    return presented(run, command, [*own, *as_parameters(_SHARED)])
+
+
+def parameters_of(command: Callable[..., None]) -> list[inspect.Parameter]:
+    """A command's parameters, each given by its name, with their annotations as objects. The handle's class is not loaded
+    for that: nothing of the client is, before a command runs.
+    """
+    signature = inspect.signature(command, eval_str=True, locals={"Model": object})
+    return [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in signature.parameters.values()]
+
+
+def as_parameters(options: Options) -> list[inspect.Parameter]:
+    """Shared options as parameters."""
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in options.items()
+    ]
+
+
+def presented(
+    run: Callable[..., None], command: Callable[..., None], parameters: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """`run` under the name and with the help of `command`, and with these parameters."""
     run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {}
     return run
-
-
-def resolved(own: Sequence[inspect.Parameter], command: Callable[..., None]) -> list[inspect.Parameter]:
-    """The parameters with their annotations as objects, each given by its name."""
-    space = getattr(command, "__globals__", {})
-    return [
-        each.replace(
-            annotation=eval(each.annotation, space) if isinstance(each.annotation, str) else each.annotation,
-            kind=inspect.Parameter.KEYWORD_ONLY,
-        )
-        for each in own
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from glasshouse.cli.connected import resolved
+from glasshouse.cli.connected import as_parameters, parameters_of, presented
 
 if TYPE_CHECKING:
     from glasshouse.client.attribution.metrics import Metric, TokensLike
@@ -83,22 +82,13 @@ class Explained:
 
 def measured(command: Callable[..., None]) -> Callable[..., None]:
     """`command(model, json, explained, ...)` as one that takes the options of a metric too."""
-    shown = inspect.signature(command)
-    model, json, _, *own = shown.parameters.values()
-    options = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _OPTIONS.items()
-    ]
+    model, json, _, *own = parameters_of(command)
 
     def run(model: Any, json: bool, **values: Any) -> None:
         explained = explain(**{name: values.pop(name) for name in _OPTIONS})
         command(model, json, explained, **values)
 
-    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
-    run.__signature__ = shown.replace(  # type: ignore[attr-defined]
-        parameters=[model, json, *resolved(own, command), *options]
-    )
-    return run
+    return presented(run, command, [model, json, *own, *as_parameters(_OPTIONS)])
 
 
 def explain(
