@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import statistics
 import sys
@@ -209,6 +210,9 @@ async def started(settings: EngineSettings, n_tokens: int = N_TOKENS) -> AsyncIt
                     AsyncLLM.from_engine_args(AsyncEngineArgs(**plain, distributed_executor_backend=executor))
                 )
                 same = Bare(begun[1], n_tokens)
+            # As a server does once it has started (`glasshouse.server.main`); else every one of them pays for all.
+            gc.collect()
+            gc.freeze()
             yield Engines(Ours(engine, n_tokens), bare, same)
         finally:
             for llm in begun:

@@ -44,12 +44,11 @@ class Gateway:
                 self.armed[tag].append(report.rank)
             for error in report.errors:
                 self.errors.setdefault(error.tag, f"{error.reason}: {error.message}")
-            if report.ran is not None:
-                ran = report.ran
-                for tag, *run in zip(
+            for ran in report.ran:
+                for tag, start, count, applied in zip(
                     *(column.tolist() for column in (ran.tags, ran.starts, ran.counts, ran.applied))
                 ):
-                    self.ran[tag][report.rank].append(run)
+                    self.ran[tag][report.rank].append((start, count * ran.steps, applied * ran.steps))
             for block in report.blocks:
                 for row, (tag, readout, position) in enumerate(
                     zip(block.tags.tolist(), block.readouts.tolist(), block.positions.tolist())

@@ -106,15 +106,19 @@ def test_a_report_survives_packing() -> None:
         armed=(1, 2),
         closed=(7,),
         errors=(StepError(tag=4, reason="overflow", message="why"),),
-        ran=Ran(tags=column, starts=column + 1, counts=column + 2, applied=column + 3),
+        ran=(
+            Ran(tags=column, starts=column + 1, counts=column + 2, applied=column + 3),
+            Ran(tags=column[:1], starts=column[:1], counts=column[:1], applied=column[:1], steps=5),
+        ),
         blocks=(block(np.float32), block(ml_dtypes.bfloat16), block(np.float16, 0), block(np.bool_)),
     )
     found = unpack_report([bytes(frame) for frame in pack_report(report)])
     assert (found.rank, found.step, found.armed, found.closed) == (3, 9, (1, 2), (7,))
     assert found.errors == report.errors
-    assert found.ran is not None
-    for name in ("tags", "starts", "counts", "applied"):
-        np.testing.assert_array_equal(getattr(found.ran, name), getattr(report.ran, name))
+    for its, own in zip(found.ran, report.ran, strict=True):
+        assert its.steps == own.steps
+        for name in ("tags", "starts", "counts", "applied"):
+            np.testing.assert_array_equal(getattr(its, name), getattr(own, name))
     for ours, theirs in zip(found.blocks, report.blocks, strict=True):
         for name in ("tags", "readouts", "positions"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))

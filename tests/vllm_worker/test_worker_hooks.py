@@ -137,16 +137,16 @@ class Collector:
         armed: Any = (),
         closed: Any = (),
         errors: Any = (),
-        ran: Any = None,
+        ran: Any = (),
         blocks: Any = (),
     ) -> None:
         self.armed += armed
         self.errors |= {error.tag: f"{error.reason}: {error.message}" for error in errors}
-        if ran is not None:
-            for tag, *run in zip(
-                ran.tags.tolist(), ran.starts.tolist(), ran.counts.tolist(), ran.applied.tolist()
+        for part in ran:
+            for tag, start, count, applied in zip(
+                part.tags.tolist(), part.starts.tolist(), part.counts.tolist(), part.applied.tolist()
             ):
-                self.ran.setdefault(tag, []).append(tuple(run))
+                self.ran.setdefault(tag, []).append((start, count * part.steps, applied * part.steps))
         for block in blocks:
             for row, (tag, readout, position) in enumerate(
                 zip(block.tags.tolist(), block.readouts.tolist(), block.positions.tolist())
@@ -234,6 +234,7 @@ class Schedule:
                     req_ids=[name(request) for request, _, _ in batch],
                     starts=starts,
                     counts=counts,
+                    n_tokens=len(ids),
                     token_ids=lambda: ids,
                 )
             )
@@ -674,10 +675,12 @@ def test_a_decoding_batch_is_planned_once(made: Any) -> None:
                 req_ids=[name(request) for request in requests],
                 starts=np.full(3, position),
                 counts=np.ones(3, dtype=np.int64),
+                n_tokens=3,
                 token_ids=lambda: np.full(3, 5),
             )
         )
         toy.run(np.full(3, 5), np.full(3, position), padding=0)
         hooks.finish()
+    hooks.drain()
     assert hooks.counters["steps_planned"] == 1 and hooks.counters["steps_hooked"] == 39
     check(toy, collector, requests)

@@ -485,9 +485,11 @@ class VllmEngine(Engine):
             assert ending is not None, "vLLM's outputs end with the generation"
             # The last token is never fed; of a generation that was aborted it was not taken.
             n_fed = len(token_ids) - (ending.abort is None)
-            receipt = (
-                () if join is None else await join.receipt(token_ids, n_fed, looking.steered, looking.n_seen)
-            )
+            receipt: tuple[InterventionReceipt, ...] = ()
+            if join is not None:
+                # The account comes once vLLM is done with the request, which it need not be yet.
+                await opened.outputs.aclose()
+                receipt = await join.receipt(token_ids, n_fed, looking.steered, looking.n_seen)
             transcript.finish(ending, receipt, flags=looking.flags)
             yield events
 

@@ -18,7 +18,9 @@ from .watches import Ranges, within
 
 @dataclass
 class Ledger:
-    """One request's account on one reporter. `edits`: those of the request that write at sites of this reporter."""
+    """One request's account on one reporter. `edits`: those of the request that write at sites of this reporter. `runs`:
+    (first position, positions, applications).
+    """
 
     edits: Sequence[EditPlan]
     runs: list[tuple[int, int, int]] = field(default_factory=list)
@@ -52,7 +54,8 @@ class Ledger:
         by_token = any(edit.clause.excluded_token_ids for edit in self.edits)
         for start, count, applied in self.runs:
             if by_token:
-                # Under speculation a run may have fed drafts that were rejected: its tokens are no longer known.
+                # Under speculation a run may have fed drafts that were rejected: its tokens are no longer known. (Where
+                # tokens count, every pass is booked by itself.)
                 if count > 1 and start + count > self.edits[0].clause.n_prompt:
                     continue
                 if start + count > len(token_ids):

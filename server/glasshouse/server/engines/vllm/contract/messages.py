@@ -41,14 +41,18 @@ class StepError:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ran:
-    """What the forward pass ran of hooked requests, int32 (n,) each: positions `starts`..`starts + counts` of `tags`,
+    """What forward passes ran of hooked requests, int32 (n,) each: positions `starts`..`starts + counts` of `tags`,
     at which edits ran `applied` times in all (each edit once a position; counted by the kernels' own rows).
+
+    `steps` passes, each of which went on where the one before it ended and applied as much; more than one only where all
+    counts are 1.
     """
 
     tags: Array
     starts: Array
     counts: Array
     applied: Array
+    steps: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +87,7 @@ class StepReport:
     armed: tuple[int, ...] = ()
     closed: tuple[int, ...] = ()
     errors: tuple[StepError, ...] = ()
-    ran: Ran | None = None
+    ran: tuple[Ran, ...] = ()
     blocks: tuple[RowBlock, ...] = ()
 
 
@@ -101,7 +105,7 @@ class _Header:
     armed: tuple[int, ...]
     closed: tuple[int, ...]
     errors: tuple[tuple[int, str, str], ...]
-    n_ran: int
+    ran: tuple[tuple[int, int], ...]
     blocks: tuple[_BlockHeader, ...]
 
 
@@ -115,8 +119,7 @@ def _codec() -> tuple[Any, Any]:
 def pack_report(report: StepReport) -> list[Any]:
     """The frames of a message, for `socket.send_multipart`. The arrays themselves are frames, not copies."""
     indices: list[Array] = []
-    ran = report.ran
-    if ran is not None:
+    for ran in report.ran:
         indices += [ran.tags, ran.starts, ran.counts, ran.applied]
     headers = []
     frames: list[Any] = []
@@ -137,7 +140,7 @@ def pack_report(report: StepReport) -> list[Any]:
         armed=report.armed,
         closed=report.closed,
         errors=tuple((error.tag, error.reason, error.message) for error in report.errors),
-        n_ran=0 if ran is None else len(ran.tags),
+        ran=tuple((len(ran.tags), ran.steps) for ran in report.ran),
         blocks=tuple(headers),
     )
     index = np.concatenate(indices, dtype=np.int32) if indices else np.empty(0, np.int32)
@@ -156,10 +159,10 @@ def unpack_report(frames: Sequence[Any]) -> StepReport:
         at += n
         return part
 
-    ran = None
-    if header.n_ran:
-        n = header.n_ran
-        ran = Ran(tags=take(n), starts=take(n), counts=take(n), applied=take(n))
+    ran = tuple(
+        Ran(tags=take(n), starts=take(n), counts=take(n), applied=take(n), steps=steps)
+        for n, steps in header.ran
+    )
     blocks = []
     frame = 2
     for block in header.blocks:

@@ -98,9 +98,8 @@ class ReportChannel:
             if (join := joins.get(tag)) is not None:
                 join.arm(report.rank)
                 touched[tag] = join
-        ran = report.ran
-        if ran is not None:
-            self.statistics.hooked_steps += 1
+        for ran in report.ran:
+            self.statistics.hooked_steps += ran.steps
             for tag, start, count, applied in zip(
                 ran.tags.tolist(),
                 ran.starts.tolist(),
@@ -109,7 +108,7 @@ class ReportChannel:
                 strict=True,
             ):
                 if (join := joins.get(tag)) is not None:
-                    join.ran(report.rank, start, count, applied)
+                    join.ran(report.rank, start, count, applied, ran.steps)
                     touched[tag] = join
         for block in report.blocks:
             _share(block, joins, touched)
@@ -133,6 +132,15 @@ def _share(block: RowBlock, joins: Mapping[int, Join], touched: dict[int, Join])
     if not n:
         return
     edges = np.flatnonzero((tags[1:] != tags[:-1]) | (readouts[1:] != readouts[:-1])) + 1
+    if len(edges) == n - 1:
+        # A step of generation: one row each.
+        rows = zip(tags.tolist(), readouts.tolist(), block.positions.tolist(), strict=True)
+        for row, (tag, readout, position) in enumerate(rows):
+            join = joins.get(tag)
+            if join is not None:
+                join.row(block.kind, readout, position, block.values, row)
+                touched[tag] = join
+        return
     starts = [0, *edges.tolist()]
     stops = [*starts[1:], n]
     owners, which = tags[starts].tolist(), readouts[starts].tolist()

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import structlog
 
 from glasshouse.server.interventions.edits import PreparedIntervention
@@ -25,7 +26,7 @@ from glasshouse.wire import reasons
 from ..contract import Ledger, RequestPlan, StepError
 from ..contract.messages import NOT_APPLIED, OVERFLOW, PLAN_REFUSED
 from ..contract.watches import Ranges
-from .reading import Reading, n_bytes_of
+from .reading import Reading
 from .statistics import Statistics
 
 _log = structlog.get_logger(__name__)
@@ -76,7 +77,6 @@ class Join:
             if (own := [edit for edit in plan.edits if not sites.isdisjoint(edit.sites_out)])
         }
         self._run_start = 0
-        self._kept_bytes = 0
         self._error: ServingError | None = None
         # The worker's own word, where it failed the request.
         self.step_error: StepError | None = None
@@ -92,11 +92,11 @@ class Join:
         """A worker has let go of the request: nothing more comes from it."""
         self._unclosed.discard(rank)
 
-    def ran(self, rank: int, start: int, count: int, applied: int) -> None:
-        """A worker ran positions of the request."""
-        self._run_start = start
+    def ran(self, rank: int, start: int, count: int, applied: int, steps: int = 1) -> None:
+        """A worker ran positions of the request, in as many passes, each beginning where the last one ended."""
+        self._run_start = start + (steps - 1) * count
         if (ledger := self._ledgers.get(rank)) is not None:
-            ledger.ran(start, count, applied)
+            ledger.ran(start, count * steps, applied * steps)
 
     def rows(self, kind: str, readout: int, positions: Array, values: Sequence[Array]) -> None:
         """A worker read; or, of kind "steered", says where a conditional edit was made."""
@@ -104,11 +104,28 @@ class Join:
             self._steered[readout].update(zip(positions.tolist(), values[0].tolist(), strict=True))
             return
         reading = self._readings[readout]
-        self._kept_bytes += reading.take(positions, values, self._run_start)
-        if self._kept_bytes > self._settings.max_bytes or len(reading.later) > self._settings.max_rows:
+        reading.take(positions, values, self._run_start)
+        self._check_kept(reading)
+
+    def row(self, kind: str, readout: int, position: int, values: Sequence[Array], row: int) -> None:
+        """The same of a single row of `values`, as a step of generation brings it."""
+        if kind == "steered" or position < self._plan.n_prompt:
+            self.rows(kind, readout, np.array([position]), [array[row : row + 1] for array in values])
+            return
+        reading = self._readings[readout]
+        reading.take_row(position, values, row, self._run_start)
+        if len(reading.later) > 1:
+            self._check_kept(reading)
+
+    def _check_kept(self, reading: Reading) -> None:
+        n_rows = len(reading.later)
+        if n_rows <= 1:
+            return
+        kept_bytes = sum(len(each.later) * each.row_bytes for each in self._readings.values())
+        if kept_bytes > self._settings.max_bytes or n_rows > self._settings.max_rows:
             self._fail(
                 ResourceExhausted(
-                    f"the reader is {len(reading.later)} events behind",
+                    f"the reader is {n_rows} events behind",
                     reason=reasons.SLOW_CONSUMER,
                     remedy="read the stream faster, or ask for fewer readouts",
                 )
@@ -158,26 +175,25 @@ class Join:
             found = {index: reading.last_of_prompt() for index, reading in self._readings.items()}
             return {index: value for index, value in found.items() if value is not None}
         fed = position - 1
-        wanted = [
-            (index, reading) for index, reading in self._readings.items() if reading.covers(fed, token_id)
-        ]
-
-        def here() -> bool:
-            return all(
-                fed in reading.later and self._sure(fed, reading.later[fed][1]) for _, reading in wanted
-            )
-
-        if not here():
+        wanted = {
+            index: reading for index, reading in self._readings.items() if reading.covers(fed, token_id)
+        }
+        if not self._here(fed, wanted):
             self._drain()
-            if not here():
+            if not self._here(fed, wanted):
                 self._statistics.joins_late += 1
-                await self._until(here, f"what was read at position {fed} did not come")
-        values: dict[int, ReadoutValue] = {}
-        for index, reading in wanted:
-            parts, _ = reading.later.pop(fed)
-            self._kept_bytes -= n_bytes_of(parts)
-            values[index] = reading.value(parts)
-        return values
+                await self._until(
+                    lambda: self._here(fed, wanted), f"what was read at position {fed} did not come"
+                )
+        return {index: reading.value(reading.later.pop(fed)[0]) for index, reading in wanted.items()}
+
+    def _here(self, position: int, wanted: Mapping[int, Reading]) -> bool:
+        """Whether all that is read at a position has come, and is of the token that stayed."""
+        for reading in wanted.values():
+            found = reading.later.get(position)
+            if found is None or not self._sure(position, found[1]):
+                return False
+        return True
 
     def _sure(self, position: int, run_start: int) -> bool:
         """Whether the row at a position is of the token that stayed."""

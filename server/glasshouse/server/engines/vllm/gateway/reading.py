@@ -29,6 +29,7 @@ from glasshouse.server.types.readouts import (
 )
 
 from ..contract import ReadoutPlan
+from ..contract.plan import FOREVER
 
 
 class Reading:
@@ -46,27 +47,33 @@ class Reading:
         reading = readout.reading
         # A pool of its own: those that the request's readouts share would count a position once each.
         self._pool = None if reading is None or reading.pool is None else RunningPool(reading.pool.pooling)
-        # Position -> (row, first position of the run that read it).
+        # Whether every position beyond the prompt is read, as is usual: then none needs to be looked up.
+        self._reads_on = not self._excluded and any(
+            low <= n_prompt and high >= FOREVER for low, high in plan.clause.ranges
+        )
+        # Position -> (row, first position of the run that read it); bytes of each.
         self.later: dict[int, tuple[tuple[Array, ...], int]] = {}
+        self.row_bytes = 0
 
     @property
     def prompt_done(self) -> bool:
         """Whether every position of the prompt has been read."""
         return bool(self._found.all())
 
-    def take(self, positions: Array, values: Sequence[Array], run_start: int) -> int:
-        """Takes rows at ascending positions; returns the bytes of those that are kept apart."""
+    def take(self, positions: Array, values: Sequence[Array], run_start: int) -> None:
+        """Takes rows at ascending positions."""
         n_in_prompt = int(np.searchsorted(positions, self._n_prompt))
         if n_in_prompt:
             self._take_prompt(positions[:n_in_prompt], [array[:n_in_prompt] for array in values])
-        kept = 0
         for row in range(n_in_prompt, len(positions)):
-            position = int(positions[row])
-            parts = tuple(array[row] for array in values)
-            if position not in self.later:
-                kept += n_bytes_of(parts)
-            self.later[position] = (parts, run_start)
-        return kept
+            self.take_row(int(positions[row]), values, row, run_start)
+
+    def take_row(self, position: int, values: Sequence[Array], row: int, run_start: int) -> None:
+        """Takes one row, beyond the prompt, of `values`."""
+        parts = tuple([array[row] for array in values])
+        if not self.row_bytes:
+            self.row_bytes = n_bytes_of(parts)
+        self.later[position] = (parts, run_start)
 
     def _take_prompt(self, positions: Array, values: Sequence[Array]) -> None:
         if not self._tables:
@@ -79,6 +86,8 @@ class Reading:
 
     def covers(self, position: int, token_id: int) -> bool:
         """Whether the token fed at a position beyond the prompt is read."""
+        if self._reads_on:
+            return True
         if token_id in self._excluded:
             return False
         return any(low <= position < high for low, high in self._clause.ranges)

@@ -8,6 +8,7 @@ the blocks of a request whose last hidden state is not finite are set to zero af
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +34,14 @@ def _cleanse_v1(runner: Any, scheduler_output: Any, edited: Callable[[str], bool
         return
     batch = runner.input_batch
     # First, for it costs nothing: to look at the stream is to wait for the device.
-    if not any(edited(req_id) for req_id in batch.req_ids):
+    if not any(map(edited, batch.req_ids)):
         return
+    hidden = state.hidden_states[: scheduler_output.total_num_scheduled_tokens]
+    # A sum is finite only where all of it is; one that overflowed is looked at row by row.
+    if math.isfinite(hidden.sum(dtype=torch.float32).item()):
+        return
+    finite_T = torch.isfinite(hidden.float()).all(dim=-1)
     counts = np.array([scheduler_output.num_scheduled_tokens[req_id] for req_id in batch.req_ids])
-    hidden = state.hidden_states[: int(counts.sum())]
-    finite_T = torch.isfinite(hidden.float().sum(dim=-1))
-    if bool(finite_T.all()):
-        return
     rows = np.flatnonzero(~finite_T.cpu().numpy())
     for place in np.unique(np.searchsorted(np.cumsum(counts), rows, side="right")).tolist():
         if edited(batch.req_ids[place]):

@@ -24,7 +24,6 @@ from glasshouse.server.dictionaries.dictionary import Dictionary
 from glasshouse.server.engines.vllm.contract.messages import (
     NOT_APPLIED,
     PLAN_REFUSED,
-    Ran,
     RowBlock,
     StepError,
 )
@@ -33,6 +32,7 @@ from glasshouse.server.engines.vllm.contract.settings import WorkerSettings
 from glasshouse.server.probes.served import ServedProbe
 
 from . import junctions
+from .account import Account
 from .actions import Action
 from .answering import AnsweringContext
 from .delivery import Delivery, Step, said
@@ -48,13 +48,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """The whole batch of a step: request ids, and of each the first position and the number of tokens it runs, int64 (B,).
-    `token_ids` gives the batch's token ids, (T,).
+    """The whole batch of a step: request ids, and of each the first position and the number of tokens it runs, integers
+    (B,), T in all; the arrays may be the runner's own, which change with the next step. `token_ids` gives the batch's token
+    ids, (T,).
     """
 
     req_ids: Sequence[str]
     starts: Array
     counts: Array
+    n_tokens: int
     token_ids: Callable[[], Array]
 
 
@@ -89,11 +91,12 @@ class Hooks:
         self._armed: list[int] = []
         self._closed: list[int] = []
         self._errors: list[StepError] = []
+        self._account = Account()
         self._plan: StepPlan | None = None
         self._active = False
         # What the last plan was made for.
         self._last_ids: list[str] = []
-        self._last_starts: Array = np.empty(0, dtype=np.int64)
+        self._next_starts: Array = np.empty(0, dtype=np.int64)
         # Of the step that runs.
         self._token_ids: Callable[[], Array] = lambda: np.empty(0, dtype=np.int64)
         self._step = 0
@@ -144,6 +147,9 @@ class Hooks:
                 if req_id in self._requests:
                     self._closed.append(self._requests[req_id].tag)
                 self._drop(req_id)
+            if self._closed:
+                # At once: their receipts wait for the account.
+                self._deliver()
             if self._delivery.failed:
                 self._give_up()
         for req_id, packed in new:
@@ -182,7 +188,7 @@ class Hooks:
     def finish(self) -> None:
         """Answers readouts and reports, after the forward pass."""
         if not self._active:
-            if self._armed or self._closed or self._errors or self._reporter.has_pending:
+            if self._armed or self._errors or self._reporter.has_pending:
                 self._deliver()
             return
         plan = self._plan
@@ -191,7 +197,7 @@ class Hooks:
         self.counters["steps_hooked"] += 1
         try:
             failed = self._failed_members(plan)
-            ran = self._ran(plan)
+            self._account.book(plan)
             answers = self._answers(plan, failed)
             captured = {
                 site: capture.taken_NW
@@ -207,12 +213,14 @@ class Hooks:
             self._fail_all(plan.members, NOT_APPLIED, f"the step could not be completed: {said(error)}")
             self._deliver()
         else:
-            self._deliver(ran, blocks, answers, captured, plan.age)
+            if answers or blocks or self._armed or self._errors or self._account.full:
+                self._deliver(blocks, answers, captured, plan.age)
         for capture in plan.captures.values():
             capture.taken_NW = None
 
     def drain(self) -> None:
-        """Waits until every step's report has left."""
+        """Reports what has not been yet, and waits until every report has left."""
+        self._deliver()
         self._delivery.drain()
 
     def forget_step(self) -> None:
@@ -276,29 +284,31 @@ class Hooks:
             if plan is not None:
                 plan.age += 1
                 plan.valid_steps -= 1
-            self._last_starts = batch.starts
             return
         if self._plan is not None:
             self._plan.remember()
-        hooked = _hooked_batch(batch, self._requests)
+        starts, counts = batch.starts.astype(np.int64), batch.counts.astype(np.int64)
+        hooked = _hooked_batch(batch, starts, counts, self._requests)
         self._plan = None
         if hooked is not None:
             self.counters["steps_planned"] += 1
             self._plan = self._planned(hooked)
         self._last_ids = list(batch.req_ids)
-        self._last_starts = batch.starts
+        self._next_starts = starts + 1
 
     def _goes_on(self, batch: StepBatch) -> bool:
         """Whether the last plan holds: the same requests, each one token further."""
         plan = self._plan
         if plan is not None and plan.valid_steps <= 0:
             return False
-        return (
-            len(batch.req_ids) == len(self._last_ids)
-            and list(batch.req_ids) == self._last_ids
-            and bool((batch.counts == 1).all())
-            and bool((batch.starts == self._last_starts + 1).all())
-        )
+        ids = batch.req_ids
+        if not batch.n_tokens == len(ids) == len(self._last_ids) or ids != self._last_ids:
+            return False
+        # As many tokens as requests, and none without: one each.
+        if (batch.starts != self._next_starts).any():
+            return False
+        self._next_starts += 1
+        return True
 
     def _planned(self, batch: HookedBatch) -> StepPlan | None:
         table = self._vectors.rows_VW
@@ -376,14 +386,6 @@ class Hooks:
             blocks += found.blocks
         return blocks
 
-    def _ran(self, plan: StepPlan) -> Ran:
-        return Ran(
-            tags=plan.tags,
-            starts=plan.starts + np.int32(plan.age) if plan.age else plan.starts,
-            counts=plan.counts,
-            applied=plan.applied,
-        )
-
     def _answers(self, plan: StepPlan, failed: set[int]) -> list[tuple[Answer, Question]]:
         """What is still to be answered, by a rank that reports; by every rank where answering runs collectives."""
         answers = []
@@ -397,7 +399,6 @@ class Hooks:
 
     def _deliver(
         self,
-        ran: Ran | None = None,
         blocks: Sequence[RowBlock] = (),
         answers: Sequence[tuple[Answer, Question]] = (),
         captured: Mapping[int, Tensor] | None = None,
@@ -406,6 +407,7 @@ class Hooks:
         self._step += 1
         armed, closed, errors = self._armed, self._closed, self._errors
         self._armed, self._closed, self._errors = [], [], []
+        ran = self._account.take()
         if not self._reports_rows and not errors and not answers:
             return
         reports = self._reports_rows
@@ -415,7 +417,7 @@ class Hooks:
                 armed=armed if reports else (),
                 closed=closed if reports else (),
                 errors=errors,
-                ran=ran if reports else None,
+                ran=ran if reports else (),
                 blocks=blocks if reports else (),
                 answers=answers,
                 captured=captured or {},
@@ -438,7 +440,9 @@ class Hooks:
             self._fail(request, reason, message)
 
 
-def _hooked_batch(batch: StepBatch, requests: dict[str, InstalledRequest]) -> HookedBatch | None:
+def _hooked_batch(
+    batch: StepBatch, starts: Array, counts: Array, requests: dict[str, InstalledRequest]
+) -> HookedBatch | None:
     places, members = [], []
     for place, req_id in enumerate(batch.req_ids):
         request = requests.get(req_id)
@@ -447,13 +451,13 @@ def _hooked_batch(batch: StepBatch, requests: dict[str, InstalledRequest]) -> Ho
             members.append(request)
     if not members:
         return None
-    offsets = np.cumsum(batch.counts) - batch.counts
+    offsets = np.cumsum(counts) - counts
     return HookedBatch(
         members=members,
         offsets=offsets[places],
-        starts=batch.starts[places],
-        counts=batch.counts[places],
-        n_tokens=int(batch.counts.sum()),
+        starts=starts[places],
+        counts=counts[places],
+        n_tokens=batch.n_tokens,
         token_ids=batch.token_ids,
     )
 

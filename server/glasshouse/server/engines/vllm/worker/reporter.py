@@ -68,7 +68,7 @@ class Reporter:
         armed: Sequence[int] = (),
         closed: Sequence[int] = (),
         errors: Sequence[StepError] = (),
-        ran: Ran | None = None,
+        ran: Sequence[Ran] = (),
         blocks: Sequence[RowBlock] = (),
     ) -> tuple[int, ...]:
         """Sends a step's report, rows split into messages. Returns the tags whose rows had to be dropped: they are failed
@@ -77,8 +77,7 @@ class Reporter:
         self._armed.extend(armed)
         self._closed.extend(closed)
         self._errors.extend(errors)
-        if ran is not None:
-            self._ran.append(ran)
+        self._ran.extend(ran)
         if self._socket is None:
             for waiting in (self._armed, self._closed, self._errors, self._ran):
                 waiting.clear()
@@ -107,14 +106,13 @@ class Reporter:
     def _send(self, step: int, blocks: tuple[RowBlock, ...]) -> bool:
         import zmq
 
-        ran = self._ran[0] if self._ran else None
         report = StepReport(
             rank=self._rank,
             step=step,
             armed=tuple(self._armed),
             closed=tuple(self._closed),
             errors=tuple(self._errors),
-            ran=ran,
+            ran=tuple(self._ran),
             blocks=blocks,
         )
         frames = pack_report(report)
@@ -128,8 +126,7 @@ class Reporter:
         self._armed.clear()
         self._closed.clear()
         self._errors.clear()
-        if ran is not None:
-            del self._ran[0]
+        self._ran.clear()
         return True
 
     def _split(self, block: RowBlock) -> list[RowBlock]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -59,6 +60,17 @@ class Question:
     probe: ServedProbe | None
     margin: bool
     roster: Roster | None = None
+
+    @cached_property
+    def products(self) -> int:
+        """Multiplications a row, about; none where rows are only copied out."""
+        if self.dictionary is not None:
+            facts = self.dictionary.facts
+            named = len(self.feature_ids) if not facts.competing else 0
+            return facts.d_in * len(facts.hook_points_in) * (named or facts.d_sae)
+        if self.probe is not None:
+            return sum(layer.weights.numel() for layer in self.probe.layers)
+        return 0
 
 
 class Questions:

@@ -136,8 +136,9 @@ class HookedV1(_Hooked):
             hooks.prepare(
                 StepBatch(
                     req_ids=batch.req_ids,
-                    starts=batch.num_computed_tokens_cpu[: batch.num_reqs].astype(np.int64),
-                    counts=num_scheduled_tokens.astype(np.int64),
+                    starts=batch.num_computed_tokens_cpu[: batch.num_reqs],
+                    counts=num_scheduled_tokens,
+                    n_tokens=n_tokens,
                     token_ids=lambda: self.input_ids.gpu[:n_tokens].cpu().numpy(),  # type: ignore[attr-defined]
                 )
             )
@@ -186,7 +187,8 @@ class HookedV2(_Hooked):
                 StepBatch(
                     req_ids=batch.req_ids,
                     starts=self._glasshouse_starts(batch),
-                    counts=np.asarray(batch.num_scheduled_tokens).astype(np.int64),
+                    counts=np.asarray(batch.num_scheduled_tokens),
+                    n_tokens=batch.num_tokens,
                     token_ids=lambda: batch.input_ids[: batch.num_tokens].cpu().numpy(),
                 )
             )
