@@ -12,18 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glasshouse.cli.arguments import lines_of, positions_option
-from glasshouse.cli.options import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    ModelName,
-    Target,
-    Timeout,
-    Tls,
-    TlsCa,
-    connect,
-)
+from glasshouse.cli.connected import Chosen, connecting
 from glasshouse.cli.output import write_json
 
 if TYPE_CHECKING:
@@ -42,7 +31,10 @@ class DType(StrEnum):
     float16 = "float16"
 
 
+@connecting
 def activations(
+    model: Chosen,
+    json: bool,
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="[TEXT]...", help="What the model reads.")
     ] = None,
@@ -59,13 +51,6 @@ def activations(
         str | None, typer.Option("--positions", metavar="WHERE", help="Which positions; default all.")
     ] = None,
     dtype: Annotated[DType, typer.Option("--dtype", help="Element type.")] = DType.float32,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Write the activations of texts to a file.
 
@@ -87,20 +72,19 @@ def activations(
 
     try:
         writer = ArrayWriter(output, dtype.value)
-        with connect(target, api_key, tls, tls_ca, timeout) as client:
-            served = client.model(model)
-            with writer, _progress_bar(len(inputs)) as advance:
-                for start in range(0, len(inputs), INPUTS_PER_CALL):
-                    batch = inputs[start : start + INPUTS_PER_CALL]
-                    found = served.iter_activations(
-                        batch, hook_points=hook_point, positions=where, dtype=dtype.value, progress=advance
-                    )
-                    for index, arrays in found:
-                        prefix = f"{start + index}/" if len(inputs) > 1 else ""
-                        for name, array in arrays.items():
-                            writer.add(prefix + name, array)
-                        writer.add(f"{prefix}token_ids", np.array(arrays.token_ids, dtype=np.int32))
-                        writer.add(f"{prefix}positions", np.array(arrays.positions, dtype=np.int64))
+        served = model()
+        with writer, _progress_bar(len(inputs)) as advance:
+            for start in range(0, len(inputs), INPUTS_PER_CALL):
+                batch = inputs[start : start + INPUTS_PER_CALL]
+                found = served.iter_activations(
+                    batch, hook_points=hook_point, positions=where, dtype=dtype.value, progress=advance
+                )
+                for index, arrays in found:
+                    prefix = f"{start + index}/" if len(inputs) > 1 else ""
+                    for name, array in arrays.items():
+                        writer.add(prefix + name, array)
+                    writer.add(f"{prefix}token_ids", np.array(arrays.token_ids, dtype=np.int32))
+                    writer.add(f"{prefix}positions", np.array(arrays.positions, dtype=np.int64))
     except TensorFileError as error:
         raise typer.BadParameter(str(error), param_hint="--output") from None
     except OSError as error:

@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glasshouse.cli.arguments import lines_of
-from glasshouse.cli.options import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    ModelName,
-    Target,
-    Timeout,
-    Tls,
-    TlsCa,
-    connect,
-)
+from glasshouse.cli.connected import Chosen, connecting
 from glasshouse.cli.output import write_json, write_table
 from glasshouse.cli.progress import watched
 
@@ -29,22 +18,17 @@ if TYPE_CHECKING:
     from glasshouse.client import FeatureInfo, LogitEffects
 
 
+@connecting
 def dictionaries(
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
+    model: Chosen,
+    json: bool,
 ) -> None:
     """List the dictionaries loaded for a model.
 
     L0 is the mean number of active features a position and FVU the fraction of variance unexplained, measured when
     the dictionary was loaded.
     """
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        found = client.model(model).dictionaries()
+    found = model().dictionaries()
     if json:
         write_json([dataclasses.asdict(info) for info in found])
         return
@@ -68,23 +52,17 @@ def dictionaries(
             typer.secho(f"{info.name}: {info.check.warning}", fg="yellow", err=True)
 
 
+@connecting
 def feature(
+    model: Chosen,
+    json: bool,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The dictionary.")],
     index: Annotated[int, typer.Argument(metavar="INDEX", help="The feature.")],
     n_tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens on either side.")] = 10,
     n_nearest: Annotated[int, typer.Option("--nearest", metavar="N", help="Nearest features.")] = 5,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Show one feature: the tokens it promotes and suppresses, its norm, its nearest features."""
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        dictionary = client.model(model).dictionary(name)
-        found = dictionary.feature(index, n_tokens=n_tokens, n_nearest=n_nearest)
+    found = model().dictionary(name).feature(index, n_tokens=n_tokens, n_nearest=n_nearest)
     if json:
         write_json(dataclasses.asdict(found))
     else:
@@ -93,7 +71,10 @@ def feature(
         write_table(columns, _relations(found))
 
 
+@connecting
 def evaluate_dictionary(
+    model: Chosen,
+    json: bool,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The dictionary.")],
     file: Annotated[
         Path | None,
@@ -102,22 +83,13 @@ def evaluate_dictionary(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", metavar="N", help="Most tokens; 0 is the server's default.")
     ] = 0,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Measure a dictionary over text, the model spliced: L0, variance explained, loss recovered and more.
 
     Interrupting cancels the work at the server. --timeout bounds each call, not the measurement.
     """
     inputs = lines_of(file) if file is not None else None
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        operation = client.model(model).dictionary(name).evaluate(inputs, max_tokens=max_tokens)
-        found = watched(operation, name)
+    found = watched(model().dictionary(name).evaluate(inputs, max_tokens=max_tokens), name)
     if json:
         write_json({"dictionary": name, "tokens": found.tokens, "metrics": dict(found.metrics)})
         return

@@ -30,7 +30,7 @@ from glasshouse.cli.publishing import (
 )
 
 if TYPE_CHECKING:
-    from glasshouse.client import DirectionInfo, Model
+    from glasshouse.client import Direction, DirectionInfo, Model
 
 app = typer.Typer(help="Directions of concepts: compute, list, get, delete.", no_args_is_help=True)
 OneName = Annotated[str, typer.Argument(metavar="NAME", help="A name, or NAME@VERSION.")]
@@ -99,17 +99,7 @@ def compute(
         best_only=best_only,
     )
     found = watched(operation, "directions")
-    if plot is not None:
-        try:
-            found.plot(plot)
-        except (ImportError, OSError, ValueError) as error:
-            raise typer.BadParameter(str(error), param_hint="--plot") from None
-    if output is not None:
-        _write(output, found.info)
-    if json:
-        write_json(_json(found.info))
-        return
-    _show(found.info)
+    _deliver(found, plot, output, json)
 
 
 @app.command("list")
@@ -157,17 +147,7 @@ def get(
 ) -> None:
     """Show a direction: its figures by hook point, and where it came from."""
     found = model.direction(name)
-    if plot is not None:
-        try:
-            found.plot(plot)
-        except (ImportError, OSError, ValueError) as error:
-            raise typer.BadParameter(str(error), param_hint="--plot") from None
-    if output is not None:
-        _write(output, found.info)
-    if json:
-        write_json(_json(found.info))
-        return
-    _show(found.info)
+    _deliver(found, plot, output, json)
 
 
 @app.command("delete")
@@ -213,6 +193,21 @@ def _json(info: DirectionInfo) -> dict[str, object]:
     for at in body["at"].values():
         at.pop("vector")
     return body
+
+
+def _deliver(found: Direction, plot: Path | None, output: Path | None, json: bool) -> None:
+    """Draws, writes and shows what was found, as far as each is asked for."""
+    if plot is not None:
+        try:
+            found.plot(plot)
+        except (ImportError, OSError, ValueError) as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from None
+    if output is not None:
+        _write(output, found.info)
+    if json:
+        write_json(_json(found.info))
+    else:
+        _show(found.info)
 
 
 def _write(path: Path, info: DirectionInfo) -> None:

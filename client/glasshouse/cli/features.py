@@ -9,19 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glasshouse.cli.arguments import positions_option
+from glasshouse.cli.connected import Chosen, connecting
 from glasshouse.cli.dictionaries import promotes
-from glasshouse.cli.options import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    ModelName,
-    Target,
-    Timeout,
-    Tls,
-    TlsCa,
-    connect,
-)
 from glasshouse.cli.output import write_json, write_table
 
 if TYPE_CHECKING:
@@ -35,7 +24,10 @@ N_EXPLAINED = 12
 """The strongest features whose tokens are asked for, beside those chosen."""
 
 
+@connecting
 def features(
+    model: Chosen,
+    json: bool,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What the model reads.")],
     dictionary: Annotated[str, typer.Option("--dictionary", metavar="NAME", help="Whose features.")],
     top_k: Annotated[int, typer.Option("--top-k", metavar="K", min=1, help="Features a token.")] = 5,
@@ -51,13 +43,6 @@ def features(
     positions: Annotated[
         str | None, typer.Option("--positions", metavar="WHERE", help="Which positions; default all.")
     ] = None,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Show which features of a dictionary fire on a text.
 
@@ -66,12 +51,11 @@ def features(
     """
     chosen = feature or []
     where = positions_option(positions)
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        handle = client.model(model).dictionary(dictionary)
-        known = {index: handle.feature(index) for index in chosen}  # Refuses what it does not have.
-        encoded = handle.encode(text, positions=where)
-        if html is not None or (sys.stdout.isatty() and not json):
-            known = _explained(handle, encoded, known)
+    handle = model().dictionary(dictionary)
+    known = {index: handle.feature(index) for index in chosen}  # Refuses what it does not have.
+    encoded = handle.encode(text, positions=where)
+    if html is not None or (sys.stdout.isatty() and not json):
+        known = _explained(handle, encoded, known)
     if html is not None:
         from glasshouse.cli.feature_page import feature_page
 

@@ -20,25 +20,17 @@ from glasshouse.cli.arguments import (
     probe_reading,
     steering,
 )
-from glasshouse.cli.options import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    ModelName,
-    Target,
-    Timeout,
-    Tls,
-    TlsCa,
-    connect,
-)
+from glasshouse.cli.connected import Chosen, connecting
 from glasshouse.cli.output import write_json
 
 if TYPE_CHECKING:
     from glasshouse.client import GeneratedToken, GenerationStream
 
 
+@connecting
 def generate(
+    model: Chosen,
+    json: bool,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens.")] = 64,
     temperature: Annotated[
@@ -127,13 +119,6 @@ def generate(
     logprobs: Annotated[
         int, typer.Option("--logprobs", metavar="K", help="Alternatives to show with each token.")
     ] = 0,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Generate text, streamed as it comes.
 
@@ -160,24 +145,21 @@ def generate(
 
     from glasshouse.client import read_activations
 
-    with (
-        connect(target, api_key, tls, tls_ca, timeout) as client,
-        client.model(model).generate(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop or (),
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            interventions=edits,
-            readouts=[*(read_activations(each) for each in read or ()), *readings],
-            abort_when=ends,
-            labels=labels_option(label or (), "--label"),
-        ) as stream,
-    ):
+    with model().generate(
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+        interventions=edits,
+        readouts=[*(read_activations(each) for each in read or ()), *readings],
+        abort_when=ends,
+        labels=labels_option(label or (), "--label"),
+    ) as stream:
         if json:
             _write_events(stream)
         elif read or readings or logprobs:

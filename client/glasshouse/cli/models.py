@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from glasshouse.cli.connected import Chosen, connecting
 from glasshouse.cli.options import (
     DEFAULT_TARGET,
     DEFAULT_TIMEOUT_S,
     ApiKey,
     Json,
-    ModelName,
     Target,
     Timeout,
     Tls,
@@ -54,22 +54,17 @@ def models(
     write_table(columns, rows)
 
 
+@connecting
 def hook_points(
+    model: Chosen,
+    json: bool,
     layer: Annotated[int | None, typer.Option("--layer", metavar="L", help="Only this block's.")] = None,
     grep: Annotated[
         str | None, typer.Option("--grep", metavar="TEXT", help="Only names or modules with this.")
     ] = None,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """List what can be read and edited in a model."""
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        found = client.model(model).hook_points()
+    found = model().hook_points()
     chosen = [
         point
         for point in found
@@ -92,22 +87,17 @@ def hook_points(
     write_table(["hook point", "module", "width", "access", "note"], rows)
 
 
+@connecting
 def tokenize(
+    model: Chosen,
+    json: bool,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to tokenize.")],
     special: Annotated[
         bool, typer.Option("--special/--no-special", help="Add the tokenizer's special tokens.")
     ] = True,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Show the tokens of a text."""
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        tokens = client.model(model).tokenize(text, add_special_tokens=special)
+    tokens = model().tokenize(text, add_special_tokens=special)
     if json:
         write_json(dataclasses.asdict(tokens))
         return

@@ -8,22 +8,14 @@ from typing import Annotated
 import typer
 
 from glasshouse.cli.arguments import ablation, positions_option, steering
-from glasshouse.cli.options import (
-    DEFAULT_TARGET,
-    DEFAULT_TIMEOUT_S,
-    ApiKey,
-    Json,
-    ModelName,
-    Target,
-    Timeout,
-    Tls,
-    TlsCa,
-    connect,
-)
+from glasshouse.cli.connected import Chosen, connecting
 from glasshouse.cli.output import write_json, write_table
 
 
+@connecting
 def score(
+    model: Chosen,
+    json: bool,
     text: Annotated[str, typer.Argument(metavar="TEXT", help="What to score.")],
     top_k: Annotated[int, typer.Option("--top-k", metavar="K", help="Alternatives a position.")] = 0,
     steer: Annotated[
@@ -35,19 +27,11 @@ def score(
     positions: Annotated[
         str | None, typer.Option("--positions", metavar="WHERE", help="Where the edits apply; default all.")
     ] = None,
-    model: ModelName = None,
-    target: Target = DEFAULT_TARGET,
-    api_key: ApiKey = None,
-    tls: Tls = False,
-    tls_ca: TlsCa = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    json: Json = False,
 ) -> None:
     """Score a text: the log-probability of each token given those before it."""
     where = positions_option(positions)
     edits = [steering(each, where) for each in steer or ()] + [ablation(each, where) for each in ablate or ()]
-    with connect(target, api_key, tls, tls_ca, timeout) as client:
-        found = client.model(model).score(text, interventions=edits, top_k=top_k)
+    found = model().score(text, interventions=edits, top_k=top_k)
     if json:
         write_json(
             {

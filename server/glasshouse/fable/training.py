@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from glasshouse.fable.dataset import PackedCorpus, prepare
 from glasshouse.fable.muon import Muon
+from glasshouse.fable.stopping import StopRequest
 from glasshouse.fable.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
@@ -135,26 +134,6 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     tokenizer.save_pretrained(str(folder))
 
 
-class _StopRequest:
-    """Set by SIGTERM or SIGINT while it is entered: finish the step, save, leave."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def __enter__(self) -> _StopRequest:
-        self._previous = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def train(
     recipe: Recipe,
     corpus: PackedCorpus,
@@ -173,7 +152,7 @@ def train(
     step = load_checkpoint(checkpoint, model, optimizers) if checkpoint.exists() else 0
     loss_of = make_loss(model, compiled)
     started, losses = time.monotonic(), []
-    with _StopRequest() as stop:
+    with StopRequest() as stop:
         while step < recipe.total_steps:
             for optimizer, rates in zip(optimizers, peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, rates, strict=True):

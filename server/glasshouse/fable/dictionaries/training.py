@@ -30,7 +30,7 @@ from glasshouse.fable.dictionaries.coder import SparseCoder, measure_units
 from glasshouse.fable.dictionaries.export import export
 from glasshouse.fable.dictionaries.recipes import RECIPES, DictionaryRecipe, recipes
 from glasshouse.fable.dictionaries.sparsity import Controller, Sparse
-from glasshouse.fable.dictionaries.stopping import StopRequest
+from glasshouse.fable.stopping import StopRequest
 from glasshouse.server.models.loading import load_model
 
 CHECKPOINT_STEPS = 500
