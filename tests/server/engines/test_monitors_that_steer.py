@@ -369,6 +369,36 @@ async def test_what_the_prompt_raises_steers_what_is_generated(
 
 
 @on_both
+async def test_beside_a_monitor_that_aborts_and_where_nothing_is_fed(
+    engine: Any, answer: Any, oracle: Any, prompts: list[list[int]]
+) -> None:
+    prompt = prompts[0]
+    always = Rule(aggregation=Aggregation.MAX, on_above=-1.0)
+    steer = Steer("m", probe(10, EARLY), always, [add(LATE, 0, 4.0)], on_prompt=False)
+    late = Rule(aggregation=Aggregation.MAX, on_above=-1.0, min_tokens=7)
+    stop = Watch(
+        name="stop",
+        source=source(engine, probe(8, LATE)),
+        rule=late,
+        on_prompt=False,
+        action=MonitorAction.ABORT,
+    )
+    wanted = expected(oracle, prompt, 12, [steer])
+    roster = Roster([stop, steer.ours(engine)], Noted())
+
+    async def ask(n_tokens: int) -> Any:
+        watch = RequestWatch(roster, np.ones(2, dtype=bool))
+        return await answer(engine, prompt, watch=watch, max_tokens=n_tokens, ignore_eos=True)
+
+    aborted, one = await asyncio.gather(ask(12), ask(1))
+    # Seven positions beyond the prompt are looked at; what the last of them predicted is not sent.
+    assert aborted.ids == wanted.ids[:7] and aborted.finished.abort.monitor == "stop"
+    assert {flag.monitor for flag in aborted.finished.flags} == {"m", "stop"}
+    # The only token is never fed, so nothing beyond the prompt is seen.
+    assert one.ids == wanted.ids[:1] and one.finished.flags == ()
+
+
+@on_both
 async def test_a_prompt_is_not_taken_from_what_was_steered(
     engine: Any, answer: Any, oracle: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
