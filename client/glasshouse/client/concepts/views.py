@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,27 +18,48 @@ from glasshouse.client.concepts.values import (
     not_published,
 )
 
+Info = TypeVar("Info", bound=DirectionInfo | ProbeInfo)
 
-class DirectionView:
-    """A direction's facts."""
 
-    def __init__(self, transport: Any, info: DirectionInfo) -> None:
-        self.info = info
+class _View(Generic[Info]):
+    """The facts of what may be published under a name. `_KIND`: what it is called."""
+
+    _KIND: ClassVar[str]
+
+    def __init__(self, transport: Any, info: Info) -> None:
+        self.info: Info = info
         self._transport = transport
 
     def __repr__(self) -> str:
         name = f"{self.info.name}@{self.info.version}" if self.info.name else "(not published)"
-        return f"{type(self).__name__}({name!r}, {self.info.method}, best at {self.best_hook_point})"
+        return f"{type(self).__name__}({name!r}, {self._about()})"
+
+    def _about(self) -> str:
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
-        """Its short name; empty where it was not published."""
+        """Its short name, under which readouts of a probe are found; empty where it was not published."""
         return self.info.name
 
     @property
     def resource_name(self) -> str:
-        """`models/{model}/directions/{name}@{version}`; empty where it was not published."""
+        """`models/{model}/directions|probes/{name}@{version}`; empty where it was not published."""
         return self.info.resource_name
+
+    def _published(self) -> str:
+        if not self.resource_name:
+            raise not_published(self._KIND)
+        return self.resource_name
+
+
+class DirectionView(_View[DirectionInfo]):
+    """A direction's facts."""
+
+    _KIND = "direction"
+
+    def _about(self) -> str:
+        return f"{self.info.method}, best at {self.best_hook_point}"
 
     @property
     def at(self) -> Mapping[str, DirectionAt]:
@@ -71,39 +92,16 @@ class DirectionView:
 
         plot_direction(self.info, Path(path))
 
-    def _published(self) -> str:
-        if not self.resource_name:
-            raise not_published("direction")
-        return self.resource_name
 
-
-class ProbeView:
+class ProbeView(_View[ProbeInfo]):
     """A probe's facts."""
 
-    def __init__(self, transport: Any, info: ProbeInfo) -> None:
-        self.info = info
-        self._transport = transport
+    _KIND = "probe"
 
-    def __repr__(self) -> str:
-        name = f"{self.info.name}@{self.info.version}" if self.info.name else "(not published)"
-        return f"{type(self).__name__}({name!r}, {self.info.kind}, {'/'.join(self.info.labels)})"
-
-    @property
-    def name(self) -> str:
-        """Its short name, under which readouts of it are found; empty where it was not published."""
-        return self.info.name
-
-    @property
-    def resource_name(self) -> str:
-        """`models/{model}/probes/{name}@{version}`; empty where it was not published."""
-        return self.info.resource_name
+    def _about(self) -> str:
+        return f"{self.info.kind}, {'/'.join(self.info.labels)}"
 
     @property
     def report(self) -> ProbeReport | None:
         """Its quality; None where it was trained elsewhere."""
         return self.info.report
-
-    def _published(self) -> str:
-        if not self.resource_name:
-            raise not_published("probe")
-        return self.resource_name
