@@ -357,6 +357,13 @@ CASES: list[tuple[Any, dict[str, Any], str, str, str]] = [
     (CIRCUIT, {"threshold": None}, INVALID, "FIELD_REQUIRED", "threshold"),
     (CIRCUIT, {"threshold": None, "target_edges": 0}, INVALID, "VALUE_OUT_OF_RANGE", "target_edges"),
     (CIRCUIT, {"corrupt": SHORT}, INVALID, "VALUE_OUT_OF_RANGE", "corrupt"),
+    (
+        CIRCUIT,
+        metric(feature={"dictionary": "resid-post-3", "feature": 1}),
+        INVALID,
+        "FIELD_CONFLICT",
+        "metric",
+    ),
     (GRAPH, {"input": None}, INVALID, "FIELD_REQUIRED", "input"),
     (GRAPH, {"transcoders": ["nope"]}, MISSING, "DICTIONARY_NOT_FOUND", "transcoders[0]"),
     (GRAPH, {"transcoders": ["resid-post-3"]}, UNMET, "DICTIONARY_MISMATCH", "transcoders"),

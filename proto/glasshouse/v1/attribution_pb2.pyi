@@ -1786,7 +1786,9 @@ class DiscoverCircuitRequest(_message.Message):
 
     @_builtins.property
     def metric(self) -> _metrics_pb2.Metric:
-        """A number that grows as the model departs from its clean behaviour. Default: the KL divergence from it."""
+        """A number that grows as the model departs from its clean behaviour. Default: the KL divergence from it. Of
+        activations only behind the last block: edges are searched from there backwards.
+        """
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from glasshouse.server.attribution.circuits import (
     measure_circuit,
 )
 from glasshouse.server.attribution.gradient_model import GradientModel
+from glasshouse.server.attribution.metrics import DirectionValue
 from glasshouse.server.attribution.wiring import Wiring
 from glasshouse.server.types.errors import InvalidArgument
 
@@ -93,6 +94,25 @@ def test_progress_and_refusal(clean: Tensor, corrupt: Tensor) -> None:
     assert told[-1] == (3, int(Wiring(model).valid.sum()))
     with pytest.raises(InvalidArgument, match="threshold"):
         discover_circuit(model, clean, corrupt, threshold=0.0)
+    direction = torch.ones(model.loaded.d_model)
+    for place in ("blocks.1.hook_resid_post", "hook_embed", "blocks.2.hook_mlp_out"):
+        metric = DirectionValue(hook_point=place, direction=direction)
+        with pytest.raises(InvalidArgument, match="none ends there"):
+            discover_circuit(model, clean, corrupt, threshold=0.1, metric=metric)
+
+
+@pytest.mark.parametrize("place", ["blocks.2.hook_resid_post", "ln_final.hook_normalized"])
+def test_a_metric_of_activations_behind_the_last_block(
+    various: GradientModel, clean: Tensor, corrupt: Tensor, place: str
+) -> None:
+    ends = [various.forward(tokens, read=[place]).readings[place][0, -1] for tokens in (clean, corrupt)]
+    direction = (ends[1] - ends[0]) / (ends[1] - ends[0]).norm()
+    metric = DirectionValue(hook_point=place, direction=direction)
+    found = discover_circuit(various, clean, corrupt, threshold=0.1, metric=metric)
+    assert found.edges
+    assert found.corrupt_value - found.clean_value == pytest.approx(
+        float((ends[1] - ends[0]).norm()), rel=1e-3
+    )
 
 
 def test_steps_tried_together_keep_what_one_by_one_keeps(

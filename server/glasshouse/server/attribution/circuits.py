@@ -90,7 +90,7 @@ class EdgeExperiment:
             clean = model.forward(self._clean, read=wiring.written)
             if metric is None:
                 metric = KLDivergence(reference=KLDivergence.reference_of(clean))
-        self.metric = metric
+        self.metric = _at_the_end(model, metric)
         contributions = wiring.contributions(clean.readings)
         self._plain = PlainRun(base=model.base_run(self._clean), contributions=contributions)
         early = [model.table.resolve(name).layer or 0 for name in metric.reads]
@@ -133,6 +133,22 @@ class EdgeExperiment:
         mask = (~kept_SN).float()
         run = forward_with_edges(self.wiring, self._clean, self._corrupt_SBTD, mask, read=self.metric.reads)
         return float(self.metric(run).mean())
+
+
+def _at_the_end(model: GradientModel, metric: Metric) -> Metric:
+    """The metric, where it is read behind the last edges: an activation before them would not know of those."""
+    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    for asked in metric.reads:
+        name = model.table.resolve(asked).name
+        if name != last and not name.startswith("ln_final."):
+            raise InvalidArgument(
+                f"The metric reads {name}; edges are searched from the end of the model backwards, and none ends there.",
+                reason=reasons.FIELD_CONFLICT,
+                field="metric",
+                value=name,
+                remedy=f"Use a metric of the next token, or of activations at {last}.",
+            )
+    return metric
 
 
 def discover_circuit(
