@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
@@ -282,7 +283,9 @@ class VllmEngine(Engine):
         given = arguments.engine_arguments(self._settings, self._outlined, known)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
         self._channel = ReportChannel(host=self._report_host(), statistics=self._statistics)
-        answers = await self._on_workers(CONNECT, (self._channel.endpoint,))
+        # Processes of other machines cannot see this one.
+        process = os.getpid() if self._report_host() is None else 0
+        answers = await self._on_workers(CONNECT, (self._channel.endpoint, process))
         self._connected([BootReport.from_plain(answer) for answer in answers])
         warm_up = GenerationRequest(prompt=(self._info.bos_token_id or 0,), max_tokens=2)
         async for _ in self.generate(warm_up):

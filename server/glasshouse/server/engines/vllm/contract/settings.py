@@ -100,18 +100,19 @@ def engine_arguments(settings: WorkerSettings) -> dict[str, Any]:
 
 # Methods of every worker, for `AsyncLLM.collective_rpc(name, args=...)`: plain values in and out, one answer a worker.
 #
-# glasshouse_boot()                        -> BootReport.to_plain()
-# glasshouse_connect(endpoint: str)        -> BootReport.to_plain(); starts pushing to this ZMQ PULL endpoint
-# glasshouse_load_dictionary(name, path, generation: int)
-#                                          -> [[facts.name, key], ...]: the keys that plans use (`dictionary_key`)
+# glasshouse_boot() -> BootReport.to_plain()
+# glasshouse_connect(endpoint: str, gateway: int) -> BootReport.to_plain()
+#     Pushes to this ZMQ PULL endpoint from now on, and ends with the process of that number; 0: with none.
+# glasshouse_load_dictionary(name, path, generation: int) -> [[facts.name, key], ...]
+#     The keys are what plans use (`dictionary_key`).
 # glasshouse_unload_dictionary(keys: list[str]) -> None; requests that hold one keep it
-# glasshouse_load_vectors(vectors: dict[str, bytes]) -> None; named directions, (d_model,) float32 little-endian each, held
-#                                          until unloaded; plans name them in `EditPlan.vector_keys`
+# glasshouse_load_vectors(vectors: dict[str, bytes]) -> None
+#     Named directions, (d_model,) float32 little-endian each, held until unloaded; `EditPlan.vector_keys` names them.
 # glasshouse_unload_vectors(keys: list[str]) -> None; requests that hold one keep it
-# glasshouse_load_probe(key, body: str, tensors: dict[str, [list[int], bytes]]) -> None; a probe as
-# `probes.storage.to_parts`                                          gives it: its JSON, and float64 little-endian
-# tensors with their shapes glasshouse_unload_probes(keys: list[str]) -> None; requests that use one keep it
-# glasshouse_stats()                       -> dict[str, int]: counters and gauges, see `worker.statistics`
+# glasshouse_load_probe(key, body: str, tensors: dict[str, [list[int], bytes]]) -> None
+#     A probe as `probes.storage.to_parts` gives it: its JSON, and float64 little-endian tensors with their shapes.
+# glasshouse_unload_probes(keys: list[str]) -> None; requests that use one keep it
+# glasshouse_stats() -> dict[str, int]: counters and gauges, see `worker.statistics`
 CONNECT = "glasshouse_connect"
 BOOT = "glasshouse_boot"
 LOAD_DICTIONARY = "glasshouse_load_dictionary"

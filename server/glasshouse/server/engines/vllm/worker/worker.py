@@ -27,7 +27,7 @@ from glasshouse.server.engines.vllm.contract.settings import (
 )
 from glasshouse.server.probes import storage
 
-from . import families, runners, self_test
+from . import families, lifetime, runners, self_test
 from .answering import AnsweringContext, Lens
 from .families import FamilyAdapter
 from .hooks import Hooks
@@ -100,6 +100,7 @@ class GlasshouseWorker(_Base):
         if reporter is not None:
             reporter.close()
         super().shutdown()
+        lifetime.leave_at_once()
 
     def _lens(self, model: Any, adapter: FamilyAdapter) -> Lens | None:
         if not get_pp_group().is_last_rank:
@@ -135,8 +136,10 @@ class GlasshouseWorker(_Base):
             settings=self._glasshouse_settings,
         ).to_plain()
 
-    def glasshouse_connect(self, endpoint: str) -> dict[str, Any]:
-        """Reports to `endpoint` from now on."""
+    def glasshouse_connect(self, endpoint: str, gateway: int = 0) -> dict[str, Any]:
+        """Reports to `endpoint` from now on, and ends with the process `gateway` where one is named."""
+        if gateway:
+            lifetime.end_with(gateway)
         if self._glasshouse_reporter is not None:
             self._glasshouse_reporter.connect(endpoint)
         return self.glasshouse_boot()
