@@ -29,6 +29,7 @@ from glasshouse.server.engines.vllm.contract import (
     cache_salt,
     clause_of,
     engine_arguments,
+    messages,
     pack_plan,
     pack_report,
     unpack_plan,
@@ -97,8 +98,11 @@ def block(dtype: Any, n: int = 3) -> RowBlock:
     )
 
 
-def test_a_report_survives_packing() -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_a_report_survives_packing(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("msgspec")
+    if large:
+        monkeypatch.setattr(messages, "ONE_FRAME_BYTES", 8)
     column = np.array([1, 2], dtype=np.int32)
     report = StepReport(
         rank=3,
@@ -112,7 +116,10 @@ def test_a_report_survives_packing() -> None:
         ),
         blocks=(block(np.float32), block(ml_dtypes.bfloat16), block(np.float16, 0), block(np.bool_)),
     )
-    found = unpack_report([bytes(frame) for frame in pack_report(report)])
+    frames = pack_report(report)
+    # A small message is one frame.
+    assert (len(frames) == 1) == (not large)
+    found = unpack_report([bytes(frame) for frame in frames])
     assert (found.rank, found.step, found.armed, found.closed) == (3, 9, (1, 2), (7,))
     assert found.errors == report.errors
     for its, own in zip(found.ran, report.ran, strict=True):

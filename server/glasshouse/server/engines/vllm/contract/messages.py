@@ -1,7 +1,8 @@
-"""What a worker pushes to the gateway each step: one ZMQ multipart message.
+"""What a worker pushes to the gateway: one ZMQ message a report.
 
-Frame 0 is a msgpack header; frame 1 the int32 index arrays one after the other; then one frame a value array, C-contiguous,
-little-endian. Arrays come out as views of the frames: nothing is copied.
+Its parts: a msgpack header; the int32 index arrays one after the other; then each value array, C-contiguous, little-endian.
+A large message has a frame a part. A small one, as most are, has them all in one, for a frame costs more than its copy: the
+header's length as uint32, and each part from a multiple of 8 on. Arrays come out as views of the frames.
 
 Rows are keyed by (tag, readout, position) and the last one wins: a position runs again after preemption, and
 speculation runs positions that are then rejected. Hand a row out only once the token count confirms its position. The
@@ -11,7 +12,7 @@ token sampled last is never fed, so it has no row.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +21,9 @@ import ml_dtypes
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+# Values beyond this are sent as frames of their own.
+ONE_FRAME_BYTES = 1 << 16
 
 # Why a request failed in the worker; `StepError.reason`.
 PLAN_REFUSED = "plan_refused"  # the plan cannot be installed: nothing of it was applied
@@ -144,35 +148,63 @@ def pack_report(report: StepReport) -> list[Any]:
         blocks=tuple(headers),
     )
     index = np.concatenate(indices, dtype=np.int32) if indices else np.empty(0, np.int32)
-    return [_codec()[0].encode(header), index, *frames]
+    parts = [_codec()[0].encode(header), index, *frames]
+    if sum(frame.nbytes for frame in frames) > ONE_FRAME_BYTES:
+        return parts
+    joined: list[Any] = [len(parts[0]).to_bytes(4, "little")]
+    at = 4
+    for part in parts:
+        size = len(part) if isinstance(part, bytes) else part.nbytes
+        joined += (part, b"\0" * (-(at + size) % 8))
+        at += size + len(joined[-1])
+    return [b"".join(joined)]
+
+
+class _Joined:
+    """The parts of a message of one frame, one after the other."""
+
+    def __init__(self, frame: Any) -> None:
+        self._view, self._at = memoryview(frame), 4
+
+    def header(self) -> Any:
+        return self.part(int.from_bytes(self._view[:4], "little"))
+
+    def part(self, size: int) -> Any:
+        begin = self._at
+        self._at += size + -(begin + size) % 8
+        return self._view[begin : begin + size]
 
 
 def unpack_report(frames: Sequence[Any]) -> StepReport:
     """The reverse; `frames` are anything with the buffer protocol (`recv_multipart(copy=False)`: pass `frame.buffer`)."""
-    header: _Header = _codec()[1].decode(frames[0])
-    index = np.frombuffer(frames[1], dtype=np.int32)
+    part: Callable[[int], Any]
+    if len(frames) == 1:
+        joined = _Joined(frames[0])
+        first, part = joined.header(), joined.part
+    else:
+        following = iter(frames)
+        first, part = next(following), lambda _: next(following)
+    header: _Header = _codec()[1].decode(first)
+    n_indices = sum(4 * n for n, _ in header.ran) + sum(3 * block.n for block in header.blocks)
+    index = np.frombuffer(part(4 * n_indices), dtype=np.int32)
     at = 0
 
     def take(n: int) -> Array:
         nonlocal at
-        part = index[at : at + n]
+        taken = index[at : at + n]
         at += n
-        return part
+        return taken
 
     ran = tuple(
         Ran(tags=take(n), starts=take(n), counts=take(n), applied=take(n), steps=steps)
         for n, steps in header.ran
     )
     blocks = []
-    frame = 2
     for block in header.blocks:
         tags, readouts, positions = take(block.n), take(block.n), take(block.n)
-        values = []
-        for dtype, shape in block.arrays:
-            values.append(_array(frames[frame], dtype, shape))
-            frame += 1
+        values = tuple(_array(part, dtype, shape) for dtype, shape in block.arrays)
         blocks.append(
-            RowBlock(kind=block.kind, tags=tags, readouts=readouts, positions=positions, values=tuple(values))
+            RowBlock(kind=block.kind, tags=tags, readouts=readouts, positions=positions, values=values)
         )
     return StepReport(
         rank=header.rank,
@@ -187,8 +219,9 @@ def unpack_report(frames: Sequence[Any]) -> StepReport:
     )
 
 
-def _array(frame: Any, dtype: str, shape: tuple[int, ...]) -> Array:
+def _array(part: Callable[[int], Any], dtype: str, shape: tuple[int, ...]) -> Array:
     kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+    frame = part(math.prod(shape) * kind.itemsize)
     if math.prod(shape) == 0:
         return np.empty(shape, kind)
     return np.frombuffer(frame, dtype=kind).reshape(shape)

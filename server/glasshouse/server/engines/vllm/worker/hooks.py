@@ -99,6 +99,7 @@ class Hooks:
         self._next_starts: Array = np.empty(0, dtype=np.int64)
         # Of the step that runs.
         self._token_ids: Callable[[], Array] = lambda: np.empty(0, dtype=np.int64)
+        self._edits_any = False
         self._step = 0
         self.counters = dict.fromkeys(
             ("steps_hooked", "steps_planned", "requests_installed", "requests_failed"), 0
@@ -164,6 +165,11 @@ class Hooks:
     def works_for(self, req_ids: Iterable[str]) -> bool:
         """Whether any of these requests is hooked."""
         return bool(self._requests) and any(req_id in self._requests for req_id in req_ids)
+
+    @property
+    def edits(self) -> bool:
+        """Whether any request is edited, as of the last plan."""
+        return self._edits_any
 
     def is_edited(self, req_id: str) -> bool:
         """Whether a request has edits."""
@@ -293,6 +299,7 @@ class Hooks:
         if hooked is not None:
             self.counters["steps_planned"] += 1
             self._plan = self._planned(hooked)
+        self._edits_any = any(request.edited for request in self._requests.values())
         self._last_ids = list(batch.req_ids)
         self._next_starts = starts + 1
 

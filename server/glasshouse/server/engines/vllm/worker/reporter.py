@@ -16,9 +16,6 @@ from glasshouse.server.engines.vllm.contract.messages import (
 )
 from glasshouse.server.engines.vllm.contract.settings import WorkerSettings
 
-# Frames above this size are sent without a copy: their arrays are never written again.
-_ZERO_COPY_BYTES = 1 << 16
-
 
 class Reporter:
     """Sends step reports to one gateway. Without a gateway (before `connect`) reports vanish: no request comes
@@ -116,9 +113,9 @@ class Reporter:
             blocks=blocks,
         )
         frames = pack_report(report)
-        large = any(block.values and _n_bytes(block) >= _ZERO_COPY_BYTES for block in blocks)
         try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=not large)
+            # Frames of their own are arrays that are never written again.
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=len(frames) == 1)
         except zmq.Again:
             return False
         self.n_messages += 1

@@ -121,7 +121,7 @@ class HookedV1(_Hooked):
         self._glasshouse_begin(hooks, scheduler_output)
         try:
             output = super().execute_model(scheduler_output, intermediate_tensors)  # type: ignore[misc]
-            if self._glasshouse_step:
+            if self._glasshouse_step and hooks.edits:
                 cleanse_v1(self, scheduler_output, hooks.is_edited)
             return output
         finally:
