@@ -63,6 +63,12 @@ def answers(target: str, vectors: np.ndarray) -> list[GenerationResult]:
     ]
     with Client(target) as client:
         model = client.model()
+        # Twice by name, once within another's request: workers hold it from the first on.
+        named = model.create_direction("turned", {HOOK_POINT: vectors[1]})
+        treatments += [
+            [add_vector(named, 0.5)],
+            [ablate_direction(HOOK_POINT, vectors[2]), add_vector(named, 0.5, positions=generated())],
+        ]
         return [
             model.generate(
                 PROMPT,

@@ -86,6 +86,7 @@ from .gateway.probes import WorkerProbes
 from .gateway.reach import with_reach
 from .gateway.sampling import forward_params, generation_params, top_tokens
 from .gateway.statistics import Statistics
+from .gateway.vectors import Lease, WorkerVectors
 from .gateway.watching import WatchedRequest, check_steering
 
 _log = structlog.get_logger(__name__)
@@ -153,6 +154,8 @@ class _Prepared:
     readouts: tuple[PreparedReadout, ...] = ()
     salt: str | None = None
     recompute_prompt: bool = False
+    # Kept for as long as the request: see `gateway.vectors`.
+    lease: Lease | None = None
 
     @property
     def extra(self) -> dict[str, bytes]:
@@ -201,6 +204,8 @@ class VllmEngine(Engine):
         self._channel: ReportChannel | None = None
         self._join_settings: JoinSettings | None = None
         self._probes = WorkerProbes(self._on_workers)
+        resident = arguments.worker_settings(settings).max_resident_vectors
+        self._vectors = WorkerVectors(self._on_workers, capacity=resident // 2)
         self._n_requests = 0
         self._stopping = False
         self._failure = ""
@@ -369,8 +374,17 @@ class VllmEngine(Engine):
         return await watch_sources.steering(self._preparation, self.concepts, interventions, field=field)
 
     async def _on_workers(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:
-        """Runs a method of ours on every worker; their answers."""
-        answers: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+        """Runs a method of ours on every worker; their answers.
+
+        Raises:
+            Unavailable: vLLM is gone.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            answers: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+        except EngineDeadError as error:
+            raise self._unavailable() from error
         return answers
 
     async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
@@ -590,12 +604,15 @@ class VllmEngine(Engine):
             return _Prepared()
         assert self._channel is not None, "the engine has started"
         probes = probes_of(edits, readouts, steering)
+        waiting = () if steering is None else [edit for own in steering.edits for edit in own]
+        lease = await self._vectors.lease((*edits, *waiting))
         plan = plan_request(
             self._channel.new_tag(),
             len(prompt),
             edits,
             readouts,
             dictionary_keys=self._dictionary_keys,
+            vector_keys=None if lease is None else lease.keys,
             probe_keys=await self._probes.keys(probes),
             steering=steering,
         )
@@ -611,6 +628,7 @@ class VllmEngine(Engine):
                 watches=plan.watches,
             ),
             recompute_prompt=plan.reads_prompt,
+            lease=lease,
         )
 
     @asynccontextmanager

@@ -179,8 +179,8 @@ def plan_request(
 ) -> RequestPlan:
     """The plan of a request that `engines.preparation` has checked; `steering`: of the monitors that may steer it.
 
-    `dictionary_keys`: from a dictionary's name to the key it was loaded under. `vector_keys`: from an edit's index to the
-    resident vectors that it uses instead of its own. `probe_keys`: from the `id` of a probe (as readouts and
+    `dictionary_keys`: from a dictionary's name to the key it was loaded under. `vector_keys`: from the `id` of an edit to
+    the resident vectors that it uses instead of its own. `probe_keys`: from the `id` of a probe (as readouts and
     conditions hold it) to the key it was loaded under.
     """
     resident, probes = vector_keys or {}, probe_keys or {}
@@ -193,10 +193,14 @@ def plan_request(
     if steering is not None:
         waiting = [(watch, edit) for watch, own in enumerate(steering.edits) for edit in own]
         dormant = tuple(
-            replace(_edit(edit, dictionary_keys, (), places), index=FIRST_EDIT + place, watch=watch)
+            replace(
+                _edit(edit, dictionary_keys, resident.get(id(edit), ()), places),
+                index=FIRST_EDIT + place,
+                watch=watch,
+            )
             for place, (watch, edit) in enumerate(waiting)
         )
-    own = tuple(_edit(edit, dictionary_keys, resident.get(edit.index, ()), places) for edit in edits)
+    own = tuple(_edit(edit, dictionary_keys, resident.get(id(edit), ()), places) for edit in edits)
     return RequestPlan(
         tag=tag,
         n_prompt=n_prompt,
