@@ -417,8 +417,8 @@ def test_random_tiles_never_lose_a_survivor(monkeypatch: pytest.MonkeyPatch) -> 
         if seed % 4 == 0:
             scores = scores.sort(dim=1).values  # every tile beats all before it
         signed = seed % 2 == 0
-        table = tiled.RunningTopK(n_rows, k, 0.0, signed, scores)
-        for start in range(0, n_features, 64):
+        table = tiled.RunningTopK(k, 0.0, signed, 0, scores[:, :64])
+        for start in range(64, n_features, 64):
             table.offer(start, scores[:, start : start + 64])
         kept = SparseFeatures.from_entries(
             torch.arange(n_rows).repeat_interleave(k)[(table.ids != NO_FEATURE).flatten()],

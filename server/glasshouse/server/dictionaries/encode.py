@@ -95,23 +95,22 @@ class RunningTopK:
     Empty slots hold `NO_FEATURE` and the floor.
     """
 
-    def __init__(self, n_rows: int, k: int, floor: float, by_magnitude: bool, like: Tensor) -> None:
+    def __init__(self, k: int, floor: float, by_magnitude: bool, start: int, scores: Tensor) -> None:
+        """Begins with the tile of scores (N, T) of the features from `start`."""
         self.k = k
         self.floor = floor
         self.by_magnitude = by_magnitude
-        self.ids = torch.full((n_rows, k), NO_FEATURE, dtype=torch.int32, device=like.device)
-        self.scores = torch.full((n_rows, k), floor, dtype=like.dtype, device=like.device)
-        self._empty = True
+        self.ids, self.scores = self._best_of(start, scores)
+        missing = k - self.ids.shape[1]
+        if missing:
+            self.ids = torch.nn.functional.pad(self.ids, (0, missing), value=NO_FEATURE)
+            self.scores = torch.nn.functional.pad(self.scores, (0, missing), value=floor)
 
     def _keys(self, scores: Tensor) -> Tensor:
         return scores.abs() if self.by_magnitude else scores
 
     def offer(self, start: int, scores: Tensor) -> None:
-        """A tile of scores (N, T) of the features from `start`."""
-        if self._empty:
-            self._empty = False
-            self._take_whole(start, scores)
-            return
+        """Another tile."""
         rows, columns, values = survivors(scores, self._keys(self.scores[:, -1:]), self.by_magnitude)
         if rows.numel() == 0:
             return
@@ -130,14 +129,16 @@ class RunningTopK:
         self._merge(touched, ids, fresh)
 
     def _take_whole(self, start: int, scores: Tensor) -> None:
-        keys = self._keys(scores)
-        k = min(self.k, scores.shape[1])
-        columns = keys.topk(k, dim=1).indices
-        values = scores.gather(1, columns)
-        silent = self._keys(values) <= self.floor if self.floor > -math.inf else values == -math.inf
-        ids = (columns + start).to(torch.int32).masked_fill_(silent, NO_FEATURE)
-        values = values.masked_fill(silent, self.floor)
-        self._merge(slice(None), ids, values)
+        self._merge(slice(None), *self._best_of(start, scores))
+
+    def _best_of(self, start: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids and scores of a tile's k best, strongest first; at most T."""
+        values, columns = self._keys(scores).topk(min(self.k, scores.shape[1]), dim=1)
+        silent = values <= self.floor if self.floor > -math.inf else values == -math.inf
+        if self.by_magnitude:
+            values = scores.gather(1, columns)
+        ids = columns.to(torch.int32).add_(start).masked_fill_(silent, NO_FEATURE)
+        return ids, values.masked_fill_(silent, self.floor)
 
     def _merge(self, rows: Tensor | slice, ids: Tensor, scores: Tensor) -> None:
         all_ids = torch.cat([self.ids[rows], ids], dim=1)
@@ -169,15 +170,14 @@ def best_of_each_run(
     return ids, best
 
 
-def top_k(
-    tiles: Iterable[Tile], n_rows: int, k: int, floor: float, by_magnitude: bool
-) -> tuple[Tensor, Tensor]:
+def top_k(tiles: Iterable[Tile], k: int, floor: float, by_magnitude: bool) -> tuple[Tensor, Tensor]:
     """(ids, scores), each (N, k): the k best of every row over all tiles, `NO_FEATURE` in empty slots."""
     table: RunningTopK | None = None
     for tile in tiles:
         if table is None:
-            table = RunningTopK(n_rows, k, floor, by_magnitude, tile.scores)
-        table.offer(tile.start, tile.scores)
+            table = RunningTopK(k, floor, by_magnitude, tile.start, tile.scores)
+        else:
+            table.offer(tile.start, tile.scores)
     assert table is not None, "a dictionary has at least one tile"
     return table.ids, table.scores
 
@@ -189,14 +189,16 @@ def select(
     if selection.groups:
         return best_of_each_run(tiles, n_rows, n_features, selection.groups)
     if not selection.per_group:
-        return top_k(tiles, n_rows, selection.k, selection.floor, selection.by_magnitude)
+        return top_k(tiles, selection.k, selection.floor, selection.by_magnitude)
     tables: dict[int, RunningTopK] = {}
     for tile in tiles:
-        if tile.group not in tables:
+        table = tables.get(tile.group)
+        if table is None:
             tables[tile.group] = RunningTopK(
-                n_rows, selection.k, selection.floor, selection.by_magnitude, tile.scores
+                selection.k, selection.floor, selection.by_magnitude, tile.start, tile.scores
             )
-        tables[tile.group].offer(tile.start, tile.scores)
+        else:
+            table.offer(tile.start, tile.scores)
     order = sorted(tables)
     return torch.cat([tables[g].ids for g in order], 1), torch.cat([tables[g].scores for g in order], 1)
 

@@ -92,6 +92,8 @@ class LinearDictionary(Dictionary):
                 remedy="Ask for at least 1.",
             )
         parts = [self._top_k_rows(rows, k) for rows in torch.split(self._sites(x), ROWS_AT_A_TIME)]
+        if len(parts) == 1:
+            return parts[0]
         return TopKFeatures(
             ids=torch.cat([p.ids for p in parts]),
             values=torch.cat([p.values for p in parts]),
@@ -99,16 +101,16 @@ class LinearDictionary(Dictionary):
         )
 
     def _top_k_rows(self, sites: Tensor, k: int) -> TopKFeatures:
-        n_rows, d_sae = sites.shape[0], self.facts.d_sae
+        d_sae = self.facts.d_sae
         activation = self.parameters.activation
         selection = activation.selection
         wanted = min(k, d_sae)
         reordered = self.parameters.scale is not None and not self.parameters.scale.keep
         if selection is None and not reordered:
-            ids, scores = tiled.top_k(self._tiles(sites), n_rows, wanted, 0.0, by_magnitude=False)
+            ids, scores = tiled.top_k(self._tiles(sites), wanted, 0.0, by_magnitude=False)
         elif selection is not None and not (selection.groups or selection.per_group or reordered):
             ids, scores = tiled.top_k(
-                self._tiles(sites), n_rows, min(wanted, selection.k), selection.floor, selection.by_magnitude
+                self._tiles(sites), min(wanted, selection.k), selection.floor, selection.by_magnitude
             )
         else:
             return self._strongest(self._encode_rows(sites), k)
