@@ -78,7 +78,7 @@ def test_making_a_client_is_cheap_and_connects_to_nothing() -> None:
     for _ in range(20):
         Client("localhost:1").close()
         AsyncClient("localhost:1")
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
 
 
 def test_the_key_and_an_id_go_with_every_call() -> None:

@@ -117,12 +117,12 @@ def test_readouts_of_one_hook_point_merge_by_position(model: Model) -> None:
 
 def test_prompt_readouts_wait_for_no_token() -> None:
     """The first token is far off; the prompt is read all the same."""
-    with FakeServer(token_delay_s=0.6) as server, Client(server.target) as client:
+    with FakeServer(token_delay_s=2.0) as server, Client(server.target) as client:
         model = client.model()
         start = time.monotonic()
         with model.generate("abc", max_tokens=5, readouts=[read_activations(HOOK, prompt())]) as stream:
             assert stream.prompt_readouts[HOOK].shape == (4, 8)
-            assert time.monotonic() - start < 1.1, "one event's delay, not two"
+            assert time.monotonic() - start < 3.8, "one event's delay, not two"
 
 
 def test_top_logprobs_only_where_asked(model: Model) -> None:

@@ -61,4 +61,4 @@ async def test_draining_an_idle_server_takes_no_time() -> None:
     async with serving() as served:
         start = perf_counter()
         assert await served.server.drain()
-        assert perf_counter() - start < 0.5
+        assert perf_counter() - start < 5, "not the 30 seconds that requests would have"
