@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -425,16 +425,12 @@ async def test_a_prompt_is_not_taken_from_what_was_steered(
     if engine.info.engine == "transformers":
         return
     # The control: without the prompt's end in the salt, cached keys and values are of steered positions.
-    from glasshouse.server.engines.vllm import engine as module
+    from glasshouse.server.engines.vllm.gateway import submission as module
 
     salted = module.cache_salt
 
     def unsalted(edits: Any, *, steering: Any, **rest: Any) -> Any:
-        steering = (
-            None
-            if steering is None
-            else module.Steering(watches=steering.watches, edits=steering.edits, n_prompt=0)
-        )
+        steering = None if steering is None else replace(steering, n_prompt=0)
         return salted(edits, steering=steering, **rest)
 
     monkeypatch.setattr(module, "cache_salt", unsalted)

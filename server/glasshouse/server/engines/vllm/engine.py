@@ -14,9 +14,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,6 @@ from glasshouse.server.types.conditions import FeatureColumn, ProbeColumn
 from glasshouse.server.types.configuration import EngineSettings
 from glasshouse.server.types.errors import (
     FailedPrecondition,
-    Internal,
     InvalidArgument,
     ResourceExhausted,
     ServingError,
@@ -66,27 +64,19 @@ from glasshouse.server.types.readouts import Array, ReadoutValue, TopTokens
 from glasshouse.wire import reasons
 
 from .contract import (
-    EXTRA_ARG,
     BootReport,
-    RequestPlan,
-    Steering,
-    cache_salt,
-    pack_plan,
-    plan_request,
-    probes_of,
 )
 from .contract.settings import CONNECT, LOAD_DICTIONARY
 from .gateway import arguments, environment
-from .gateway.admission import EditSlots, Gate, Opened
+from .gateway.admission import EditSlots, Gate
 from .gateway.bulk import windowed
 from .gateway.channel import ReportChannel
-from .gateway.join import Join, JoinSettings
+from .gateway.join import JoinSettings
 from .gateway.looking import Looking
-from .gateway.probes import WorkerProbes
 from .gateway.reach import with_reach
 from .gateway.sampling import forward_params, generation_params, top_tokens
 from .gateway.statistics import Statistics
-from .gateway.vectors import Lease, WorkerVectors
+from .gateway.submission import Submission, ended_early, fed, receipt_of
 from .gateway.watching import WatchedRequest, check_steering
 
 _log = structlog.get_logger(__name__)
@@ -145,24 +135,6 @@ def _device(settings: EngineSettings) -> str:
     return kind
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A request checked and planned. `plan` is None where no worker has anything to do for it."""
-
-    plan: RequestPlan | None = None
-    edits: tuple[PreparedIntervention, ...] = ()
-    readouts: tuple[PreparedReadout, ...] = ()
-    salt: str | None = None
-    recompute_prompt: bool = False
-    # Kept for as long as the request: see `gateway.vectors`.
-    lease: Lease | None = None
-
-    @property
-    def extra(self) -> dict[str, bytes]:
-        """What goes to the workers."""
-        return {} if self.plan is None else {EXTRA_ARG: pack_plan(self.plan)}
-
-
 class VllmEngine(Engine):
     """vLLM's continuous batching, in processes of its own."""
 
@@ -192,21 +164,17 @@ class VllmEngine(Engine):
             revision=revision_of_model(outlined),
         )
         self._dictionaries = DictionaryStore(self._limits.max_dictionary_bytes)
-        self._dictionary_keys: dict[str, str] = {}
         self._generation = 0
         self._statistics = Statistics()
-        self._gate = Gate(max_running=self._limits.max_running, max_queued=self._limits.max_queued)
-        self._slots = EditSlots(max_edits=settings.vllm.max_edits, max_vectors=settings.vllm.max_vectors)
-        # Raised when a worker says that edits were not applied: keys and values under the old salt may be unedited.
-        self._salt_epoch = 0
+        self._vllm = Submission(
+            gate=Gate(max_running=self._limits.max_running, max_queued=self._limits.max_queued),
+            slots=EditSlots(max_edits=settings.vllm.max_edits, max_vectors=settings.vllm.max_vectors),
+            statistics=self._statistics,
+            max_resident_vectors=arguments.worker_settings(settings).max_resident_vectors,
+            unavailable=self._unavailable,
+        )
         self._reach(frozenset())
         self._llm: Any = None
-        self._channel: ReportChannel | None = None
-        self._join_settings: JoinSettings | None = None
-        self._probes = WorkerProbes(self._on_workers)
-        resident = arguments.worker_settings(settings).max_resident_vectors
-        self._vectors = WorkerVectors(self._on_workers, capacity=resident // 2)
-        self._n_requests = 0
         self._stopping = False
         self._failure = ""
         self._twin: LoadedModel | None = None
@@ -254,12 +222,12 @@ class VllmEngine(Engine):
             self._failure = "the vLLM engine has died; its log says why"
             _log.error("engine_failed", error=self._failure)
         return EngineStatus(
-            running=self._gate.n_started,
-            queued=self._gate.n_queued,
+            running=self._vllm.gate.n_started,
+            queued=self._vllm.gate.n_queued,
             healthy=self._llm is not None and not self._stopping and not self._failure,
             reason=self._failure,
             counts=EngineCounts(
-                edit_slots=self._slots.edits_in_use,
+                edit_slots=self._vllm.slots.edits_in_use,
                 hooked_steps=self._statistics.hooked_steps,
                 report_bytes=self._statistics.report_bytes,
                 joins_late=self._statistics.joins_late,
@@ -287,10 +255,11 @@ class VllmEngine(Engine):
         known = arguments.argument_names(AsyncEngineArgs)
         given = arguments.engine_arguments(self._settings, self._outlined, known)
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
-        self._channel = ReportChannel(host=self._report_host(), statistics=self._statistics)
+        channel = ReportChannel(host=self._report_host(), statistics=self._statistics)
+        self._vllm.connect(self._llm, channel)
         # Processes of other machines cannot see this one.
         process = os.getpid() if self._report_host() is None else 0
-        answers = await self._on_workers(CONNECT, (self._channel.endpoint, process))
+        answers = await self._vllm.on_workers(CONNECT, (channel.endpoint, process))
         self._connected([BootReport.from_plain(answer) for answer in answers])
         warm_up = GenerationRequest(prompt=(self._info.bos_token_id or 0,), max_tokens=2)
         async for _ in self.generate(warm_up):
@@ -314,7 +283,7 @@ class VllmEngine(Engine):
             _log.warning("no_hook_points", why="; ".join(sorted(refusals)))
         reporters = {boot.rank: frozenset(boot.sites) for boot in boots if boot.reports and boot.hooks}
         self._reach(frozenset[str]().union(*reporters.values()))
-        self._join_settings = JoinSettings(
+        self._vllm.join_settings = JoinSettings(
             reporters=reporters,
             timeout_s=self._settings.vllm.join_timeout_s,
             max_rows=self._limits.max_buffered_events,
@@ -365,27 +334,13 @@ class VllmEngine(Engine):
         self, interventions: Sequence[Intervention], *, field: str
     ) -> tuple[Intervention, ...]:
         """Edits that a watch may steer with; see `Engine`."""
-        if interventions and self._join_settings is not None:
+        if interventions and self._vllm.join_settings is not None:
             check_steering(
-                speculating=self._join_settings.speculating,
-                n_stages=len(self._join_settings.reporters),
+                speculating=self._vllm.join_settings.speculating,
+                n_stages=len(self._vllm.join_settings.reporters),
                 field=field,
             )
         return await watch_sources.steering(self._preparation, self.concepts, interventions, field=field)
-
-    async def _on_workers(self, method: str, arguments: tuple[Any, ...] = ()) -> list[Any]:
-        """Runs a method of ours on every worker; their answers.
-
-        Raises:
-            Unavailable: vLLM is gone.
-        """
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            answers: list[Any] = await self._llm.collective_rpc(method, args=arguments)
-        except EngineDeadError as error:
-            raise self._unavailable() from error
-        return answers
 
     async def load_dictionary(self, name: str, path: str) -> Sequence[HeldDictionary]:
         """Loads, fits and measures a dictionary (see `engines.dictionaries`), here and in every worker."""
@@ -398,12 +353,12 @@ class VllmEngine(Engine):
         if any(not (item.detached or item.unreached) for item in held):
             self._generation += 1
             try:
-                answers = await self._on_workers(LOAD_DICTIONARY, (name, path, self._generation))
+                answers = await self._vllm.on_workers(LOAD_DICTIONARY, (name, path, self._generation))
             except Exception:
                 for item in held:
                     self._dictionaries.remove(item.name)
                 raise
-            self._dictionary_keys |= dict(answers[0])
+            self._vllm.dictionary_keys |= dict(answers[0])
         return held
 
     async def stop(self) -> None:
@@ -418,8 +373,7 @@ class VllmEngine(Engine):
                 # It would take the end of its process for a failure.
                 llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown, _SHUTDOWN_S)
-        if self._channel is not None:
-            self._channel.stop()
+        self._vllm.disconnect()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -430,7 +384,7 @@ class VllmEngine(Engine):
         self._check_open()
         check, prompt = self._preparation, request.prompt
         check.check_tokens(prompt, max_tokens=request.max_tokens, field="input")
-        self._gate.check()
+        self._vllm.gate.check()
         n_fed = len(prompt) + request.max_tokens - 1
         concepts = await look_up(self.concepts, request.interventions, request.readouts, request.abort_when)
         edits = check.edits(request.interventions, prompt=prompt, n_fed=n_fed, concepts=concepts)
@@ -451,13 +405,13 @@ class VllmEngine(Engine):
             eos_token_ids=self._info.eos_token_ids,
             put=lambda event, _: events.append(event),
         )
-        prepared = await self._prepared(prompt, edits, (*readouts, *looking.readouts), looking.steering)
+        prepared = await self._vllm.prepared(prompt, edits, (*readouts, *looking.readouts), looking.steering)
         params = generation_params(
             request, sorted(transcript.end_tokens), prepared.extra, recompute_prompt=prepared.recompute_prompt
         )
         token_ids = list(prompt)
         ending: Ending | None = None
-        async with self._opened(prompt, prepared, params) as opened:
+        async with self._vllm.opened(prompt, prepared, params) as opened:
             join = opened.join
             async for output in opened.outputs:
                 if transcript.n_generated == 0:
@@ -496,7 +450,7 @@ class VllmEngine(Engine):
                 if ending is not None:
                     break
                 if output.finished:
-                    raise _ended_early(completion.finish_reason)
+                    raise ended_early(completion.finish_reason)
                 yield events
                 events = []
             assert ending is not None, "vLLM's outputs end with the generation"
@@ -523,14 +477,14 @@ class VllmEngine(Engine):
                 value=request.top_k,
                 remedy="ask for fewer alternatives",
             )
-        self._gate.check()
+        self._vllm.gate.check()
         concepts = await look_up(self.concepts, request.interventions)
         edits = check.edits(request.interventions, prompt=tokens, n_fed=len(tokens), concepts=concepts)
-        prepared = await self._prepared(tokens, edits, ())
+        prepared = await self._vllm.prepared(tokens, edits, ())
         params = forward_params(prepared.extra, prompt_logprobs=request.top_k, recompute_prompt=True)
-        async with self._opened(tokens, prepared, params) as opened:
-            output = await self._fed(opened)
-            receipt = await _receipt(opened, tokens)
+        async with self._vllm.opened(tokens, prepared, params) as opened:
+            output = await fed(opened)
+            receipt = await receipt_of(opened, tokens)
         logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
         top: list[TopTokens] = []
         for position in range(1, len(tokens)):
@@ -543,7 +497,7 @@ class VllmEngine(Engine):
     async def extract(self, request: ExtractionRequest) -> AsyncGenerator[ExtractedInput, None]:
         """Each input as it is done; see `Engine`."""
         self._check_open()
-        self._gate.check()
+        self._vllm.gate.check()
         concepts = await look_up(self.concepts, request.interventions)
         # Thousands of inputs, each with its own checks: not on the event loop.
         checked = await asyncio.to_thread(
@@ -552,13 +506,13 @@ class VllmEngine(Engine):
 
         async def compute(index: int) -> ExtractedInput:
             tokens = request.inputs[index]
-            prepared = await self._prepared(tokens, *checked[index])
+            prepared = await self._vllm.prepared(tokens, *checked[index])
             params = forward_params(prepared.extra, recompute_prompt=prepared.recompute_prompt)
-            async with self._opened(tokens, prepared, params) as opened:
-                await self._fed(opened)
+            async with self._vllm.opened(tokens, prepared, params) as opened:
+                await fed(opened)
                 assert opened.join is not None, "an extraction reads something"
                 read = await opened.join.prompt_readouts()
-                receipt = await _receipt(opened, tokens)
+                receipt = await receipt_of(opened, tokens)
             arrays: list[Array] = [part.values for part in read if isinstance(part.values, np.ndarray)]
             return ExtractedInput(
                 index=index, positions=read[0].positions, activations=tuple(arrays), receipt=receipt
@@ -593,118 +547,10 @@ class VllmEngine(Engine):
             retry_after_s=5.0,
         )
 
-    async def _prepared(
-        self,
-        prompt: Sequence[int],
-        edits: tuple[PreparedIntervention, ...],
-        readouts: tuple[PreparedReadout, ...],
-        steering: Steering | None = None,
-    ) -> _Prepared:
-        if not edits and not readouts:
-            return _Prepared()
-        assert self._channel is not None, "the engine has started"
-        probes = probes_of(edits, readouts, steering)
-        waiting = () if steering is None else [edit for own in steering.edits for edit in own]
-        lease = await self._vectors.lease((*edits, *waiting))
-        plan = plan_request(
-            self._channel.new_tag(),
-            len(prompt),
-            edits,
-            readouts,
-            dictionary_keys=self._dictionary_keys,
-            vector_keys=None if lease is None else lease.keys,
-            probe_keys=await self._probes.keys(probes),
-            steering=steering,
-        )
-        return _Prepared(
-            plan=plan,
-            edits=edits,
-            readouts=readouts,
-            salt=cache_salt(
-                edits,
-                dictionary_keys=self._dictionary_keys,
-                epoch=self._salt_epoch,
-                steering=steering,
-                watches=plan.watches,
-            ),
-            recompute_prompt=plan.reads_prompt,
-            lease=lease,
-        )
-
-    @asynccontextmanager
-    async def _opened(self, prompt: Sequence[int], prepared: _Prepared, params: Any) -> AsyncIterator[Opened]:
-        """The request in vLLM; leaving aborts what is left of it."""
-        from vllm.inputs.engine import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        opened = Opened(gate=self._gate)
-        self._gate.n_open += 1
-        try:
-            async with AsyncExitStack() as stack:
-                await stack.enter_async_context(self._slots.held(prepared.plan))
-                if prepared.plan is not None:
-                    opened.join = self._join(stack, prepared, prepared.plan)
-                self._n_requests += 1
-                fed = tokens_input(list(prompt), cache_salt=prepared.salt)
-                opened.outputs = await stack.enter_async_context(
-                    aclosing(self._llm.generate(fed, params, str(self._n_requests)))
-                )
-                yield opened
-        except EngineDeadError as error:
-            raise self._unavailable() from error
-        except EngineGenerateError as error:
-            raise Internal(
-                "the engine failed on this request",
-                reason=reasons.DEFECT,
-                remedy="report it with the request id",
-            ) from error
-        except FailedPrecondition as error:
-            if error.reason == reasons.INTERVENTION_NOT_APPLIED:
-                self._salt_epoch += 1
-            raise
-        finally:
-            opened.close()
-
-    def _join(self, stack: AsyncExitStack, prepared: _Prepared, plan: RequestPlan) -> Join:
-        assert self._channel is not None and self._join_settings is not None, "the engine has started"
-        join = Join(
-            plan,
-            edits=prepared.edits,
-            readouts=prepared.readouts,
-            settings=self._join_settings,
-            statistics=self._statistics,
-            drain=self._channel.drain,
-        )
-        self._channel.open(join)
-        stack.callback(self._channel.close, join)
-        return join
-
-    async def _fed(self, opened: Opened) -> Any:
-        """Runs forward-only work; vLLM's only output."""
-        outputs = [output async for output in opened.outputs]
-        opened.started()
-        if opened.join is not None:
-            await opened.join.armed()
-        if outputs[-1].outputs[0].finish_reason != "length":
-            raise _ended_early(outputs[-1].outputs[0].finish_reason)
-        return outputs[-1]
-
-
-async def _receipt(opened: Opened, tokens: Sequence[int]) -> tuple[InterventionReceipt, ...]:
-    return () if opened.join is None else await opened.join.receipt(tokens, len(tokens))
-
 
 def _too_slow(n_events: int) -> ServingError:
     return ResourceExhausted(
         f"the reader is {n_events} events behind",
         reason=reasons.SLOW_CONSUMER,
         remedy="read the stream faster, or ask for fewer readouts",
-    )
-
-
-def _ended_early(reason: str | None) -> Internal:
-    return Internal(
-        f"vLLM ended the request before its end: {reason}",
-        reason=reasons.DEFECT,
-        remedy="report it with the request id",
     )
