@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -19,7 +20,13 @@ from glasshouse.server.engines.vllm.contract import (
     engine_arguments,
     unpack_report,
 )
-from glasshouse.server.engines.vllm.contract.settings import CONNECT, LOAD_DICTIONARY, LOAD_VECTORS, STATS
+from glasshouse.server.engines.vllm.contract.settings import (
+    CONNECT,
+    LOAD_DICTIONARY,
+    LOAD_VECTORS,
+    SERVER_PROCESS,
+    STATS,
+)
 
 
 class Gateway:
@@ -71,6 +78,7 @@ async def serve(job: dict[str, Any], folder: Path) -> None:
         **engine_arguments(WorkerSettings(**job["settings"])),
         **job["engine"],
     }
+    os.environ[SERVER_PROCESS] = str(os.getpid())
     llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
     try:
         gateway = Gateway()

@@ -66,7 +66,7 @@ from glasshouse.wire import reasons
 from .contract import (
     BootReport,
 )
-from .contract.settings import CONNECT, LOAD_DICTIONARY
+from .contract.settings import CONNECT, LOAD_DICTIONARY, SERVER_PROCESS
 from .gateway import arguments, environment
 from .gateway.admission import EditSlots, Gate
 from .gateway.bulk import windowed
@@ -254,12 +254,13 @@ class VllmEngine(Engine):
 
         known = arguments.argument_names(AsyncEngineArgs)
         given = arguments.engine_arguments(self._settings, self._outlined, known)
+        if self._report_host() is None:
+            # Processes of other machines could not see this one.
+            os.environ[SERVER_PROCESS] = str(os.getpid())
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given))
         channel = ReportChannel(host=self._report_host(), statistics=self._statistics)
         self._vllm.connect(self._llm, channel)
-        # Processes of other machines cannot see this one.
-        process = os.getpid() if self._report_host() is None else 0
-        answers = await self._vllm.on_workers(CONNECT, (channel.endpoint, process))
+        answers = await self._vllm.on_workers(CONNECT, (channel.endpoint,))
         self._connected([BootReport.from_plain(answer) for answer in answers])
         warm_up = GenerationRequest(prompt=(self._info.bos_token_id or 0,), max_tokens=2)
         async for _ in self.generate(warm_up):

@@ -16,6 +16,8 @@ PLUGIN_VERSION = 2
 
 # Key of a request's packed plan in `SamplingParams.extra_args`, and of the settings in vLLM's `additional_config`.
 EXTRA_ARG = "glasshouse"
+# Of the environment: the number of the server's process, with which workers on its machine end.
+SERVER_PROCESS = "GLASSHOUSE_SERVER_PROCESS"
 
 WORKER_CLASS = "glasshouse.server.engines.vllm.worker.worker.GlasshouseWorker"
 
@@ -101,8 +103,7 @@ def engine_arguments(settings: WorkerSettings) -> dict[str, Any]:
 # Methods of every worker, for `AsyncLLM.collective_rpc(name, args=...)`: plain values in and out, one answer a worker.
 #
 # glasshouse_boot() -> BootReport.to_plain()
-# glasshouse_connect(endpoint: str, gateway: int) -> BootReport.to_plain()
-#     Pushes to this ZMQ PULL endpoint from now on, and ends with the process of that number; 0: with none.
+# glasshouse_connect(endpoint: str) -> BootReport.to_plain(); pushes to this ZMQ PULL endpoint from now on
 # glasshouse_load_dictionary(name, path, generation: int) -> [[facts.name, key], ...]
 #     The keys are what plans use (`dictionary_key`).
 # glasshouse_unload_dictionary(keys: list[str]) -> None; requests that hold one keep it

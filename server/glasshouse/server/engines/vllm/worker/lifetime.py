@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import select
 import signal
@@ -14,26 +15,32 @@ import sys
 import threading
 
 
-def end_with(gateway: int) -> None:
-    """Ends this process, and the engine's where that is another, as soon as the process `gateway` is gone. Where the
+def end_with(server: int) -> None:
+    """Ends this process, and the engine's where that is another, as soon as the process `server` is gone. Where the
     system cannot tell (no pidfd), nothing is watched.
     """
     try:
-        watched = os.pidfd_open(gateway)
+        watched = os.pidfd_open(server)
+    except ProcessLookupError:
+        _end(server)
+        return
     except (AttributeError, OSError):
         return
-    threading.Thread(
-        target=_wait, args=(watched, gateway, os.getppid()), name="glasshouse-lifetime", daemon=True
-    ).start()
+    threading.Thread(target=_wait, args=(watched, server), name="glasshouse-lifetime", daemon=True).start()
 
 
-def _wait(watched: int, gateway: int, parent: int) -> None:
+def _wait(watched: int, server: int) -> None:
     poll = select.poll()
     poll.register(watched, select.POLLIN)
     poll.poll()
+    _end(server)
+
+
+def _end(server: int) -> None:
     # A worker apart is the engine's child. Still its child: no other process has taken the number.
-    if parent != gateway and os.getppid() == parent:
-        os.kill(parent, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid not in (None, server) and os.getppid() == parent.pid:
+        os.kill(parent.pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -7,6 +7,7 @@ it exists. A model without an adapter is served unhooked, and says so in its `Bo
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from glasshouse.server.engines.vllm.contract.settings import (
     EXTRA_ARG,
     HOOKED,
     PLUGIN_VERSION,
+    SERVER_PROCESS,
     BootReport,
     WorkerSettings,
     dictionary_key,
@@ -43,7 +45,9 @@ class GlasshouseWorker(_Base):
     """A vLLM worker whose model can be read and edited, request by request."""
 
     def init_device(self) -> None:
-        """Checks this vLLM, and adapts the runner."""
+        """Checks this vLLM, and adapts the runner. From here on this process ends with the server's."""
+        if server := os.environ.get(SERVER_PROCESS):
+            lifetime.end_with(int(server))
         runners.check_version(vllm.__version__)
         told = (self.vllm_config.additional_config or {}).get(EXTRA_ARG)
         if not told or told.get("plugin_version") != PLUGIN_VERSION or tuple(told.get("sites", ())) != HOOKED:
@@ -136,10 +140,8 @@ class GlasshouseWorker(_Base):
             settings=self._glasshouse_settings,
         ).to_plain()
 
-    def glasshouse_connect(self, endpoint: str, gateway: int = 0) -> dict[str, Any]:
-        """Reports to `endpoint` from now on, and ends with the process `gateway` where one is named."""
-        if gateway:
-            lifetime.end_with(gateway)
+    def glasshouse_connect(self, endpoint: str) -> dict[str, Any]:
+        """Reports to `endpoint` from now on."""
         if self._glasshouse_reporter is not None:
             self._glasshouse_reporter.connect(endpoint)
         return self.glasshouse_boot()
