@@ -114,8 +114,7 @@ class Join:
             return
         reading = self._readings[readout]
         reading.take_row(position, values, row, self._run_start)
-        if len(reading.later) > 1:
-            self._check_kept(reading)
+        self._check_kept(reading)
 
     def _check_kept(self, reading: Reading) -> None:
         n_rows = len(reading.later)

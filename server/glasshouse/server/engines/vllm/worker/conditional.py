@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,9 +40,9 @@ from glasshouse.server.types.spans import Span
 
 from .actions import Rows
 from .junctions import PointTarget
+from .loaded import loaded
 
 Array = np.ndarray
-T = TypeVar("T")
 _PRIMITIVES = {
     "add": Primitive.ADD,
     "project": Primitive.PROJECT,
@@ -127,10 +126,10 @@ def prepared_condition(
             score = AffineScore(weights, torch.tensor(plan.bias)).to(device)
         case "column":
             output = ProbeOutput.MARGIN if plan.margin else ProbeOutput.SCORE
-            score = ColumnScore(_held(probes, plan.probe, "probe"), plan.column, output)
+            score = ColumnScore(loaded(probes, plan.probe, "probe"), plan.column, output)
         case "feature":
             score = FeatureScore(
-                _held(dictionaries, plan.dictionary, "dictionary"), plan.feature, plan.source
+                loaded(dictionaries, plan.dictionary, "dictionary"), plan.feature, plan.source
             )
     aggregation = PromptAggregation(plan.aggregation)
     return PreparedCondition(
@@ -145,13 +144,6 @@ def prepared_condition(
         pool=RunningPool(Pooling(plan.pooling)) if plan.pooling else None,
         state=ConditionState.empty(aggregation, device),
     )
-
-
-def _held(store: Mapping[str, T], key: str, what: str) -> T:
-    found = store.get(key)
-    if found is None:
-        raise KeyError(f"{what} {key!r} is not loaded in this worker")
-    return found
 
 
 @dataclass(eq=False, kw_only=True)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from glasshouse.server.probes.served import ServedProbe
 
 from . import conditional
 from .conditional import ConditionalEdits
+from .loaded import loaded
 from .steering import Rosters, SteeredRequest, steered_request
 from .tables import EditTable, VectorTable
 
@@ -199,7 +199,7 @@ def _install_edits(
         excluded = np.array(edit.clause.excluded_token_ids, dtype=np.int64)
         installed.volatile = installed.volatile or excluded.size > 0
         if edit.kind == "features":
-            prepared = conditional.feature_edit(edit, _known(dictionaries, edit.dictionary))
+            prepared = conditional.feature_edit(edit, loaded(dictionaries, edit.dictionary))
             ready = FeatureEdit(clause=edit.clause, prepared=prepared, turns=at)
             installed.feature_edits.append(ready)
             if steering is not None:
@@ -250,7 +250,7 @@ def _install_conditional(
         touched += edit.sites_out
         ready: PreparedIntervention
         if edit.kind == "features":
-            ready = conditional.feature_edit(edit, _known(dictionaries, edit.dictionary))
+            ready = conditional.feature_edit(edit, loaded(dictionaries, edit.dictionary))
         else:
             ready = conditional.plain_edit(
                 edit, vectors.values(edit.vectors, edit.n_vectors, edit.vector_keys)
@@ -286,9 +286,9 @@ def _install_readouts(
             sites=tuple(sites[name] for name in readout.sites),
             dtype=readout.dtype,
             top_k=readout.top_k,
-            dictionary=_known(dictionaries, readout.dictionary) if readout.dictionary else None,
+            dictionary=loaded(dictionaries, readout.dictionary) if readout.dictionary else None,
             feature_ids=readout.feature_ids,
-            probe=_known(probes, readout.probe) if readout.probe else None,
+            probe=loaded(probes, readout.probe) if readout.probe else None,
             margin=readout.margin,
             roster=None
             if installed.steering is None or readout.kind != "scores"
@@ -315,16 +315,6 @@ def _is_local(names: Sequence[str], sites: Mapping[str, int], what: str) -> bool
         missing = next(name for name in names if name not in sites)
         raise ValueError(f"{what} needs {here[0]} and {missing}, which lie on different pipeline stages")
     return bool(here)
-
-
-T = TypeVar("T")
-
-
-def _known(held: Mapping[str, T], key: str) -> T:
-    found = held.get(key)
-    if found is None:
-        raise KeyError(f"{key!r} is not loaded in this worker")
-    return found
 
 
 def _write(table: EditTable, slot: int, edit: EditPlan, rows: list[int]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -33,13 +33,13 @@ from glasshouse.server.types.conditions import MonitorAction, ProbeOutput
 from glasshouse.server.types.spans import Span
 
 from .conditional import point, positions_of
+from .loaded import loaded
 
 if TYPE_CHECKING:
     from .planning import Answer
     from .requests import FeatureEdit, InstalledRequest
 
 Array = np.ndarray
-T = TypeVar("T")
 # Columns of an edit segment; see `requests`.
 _LOW, _HIGH = 4, 5
 
@@ -78,12 +78,12 @@ def _watch(
     source: ColumnSource
     if plan.kind == "feature":
         source = FeatureColumnSource(
-            points=points, dictionary=_held(dictionaries, plan.dictionary), feature=plan.feature
+            points=points, dictionary=loaded(dictionaries, plan.dictionary), feature=plan.feature
         )
     else:
         source = ProbeColumnSource(
             points=points,
-            probe=_held(probes, plan.probe),
+            probe=loaded(probes, plan.probe),
             column=plan.column,
             output=ProbeOutput.MARGIN if plan.margin else ProbeOutput.SCORE,
         )
@@ -97,13 +97,6 @@ def _watch(
         action=MonitorAction.STEER,
         steer_while_on=plan.while_on,
     )
-
-
-def _held(store: Mapping[str, T], key: str) -> T:
-    found = store.get(key)
-    if found is None:
-        raise KeyError(f"{key!r} is not loaded in this worker")
-    return found
 
 
 @dataclass(eq=False, kw_only=True)
